@@ -1,0 +1,21 @@
+"""Where `multifd` and `python -m multifd` begin."""
+
+from __future__ import annotations
+
+import sys
+
+from multifd import __version__
+
+
+def main() -> int:
+    """The version at once; everything else through the command line proper."""
+    if sys.argv[1:] == ["--version"]:
+        print(f"multifd {__version__}")
+        return 0
+    from multifd import cli  # --version need not wait for it
+
+    return cli.main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,300 @@
+"""The command line: options in, a result or one line of error out.
+
+A thin layer: each command calls one function of the library, imported when it is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from multifd import __version__
+from multifd.errors import MultifdError, UsageError
+
+if TYPE_CHECKING:
+    from multifd.migrate import OnProgress, Progress, Result
+
+SOURCE_HELP = "a raw memory image, or a snapshot's directory"
+URI_HELP = "tcp:HOST:PORT or unix:PATH"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command; returns the exit code: 0, 1 for an error, 2 for usage, 130 for Ctrl-C."""
+    arguments = _parser().parse_args(argv)
+    warnings.showwarning = _show_warning
+    warnings.simplefilter("always", RuntimeWarning)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever read our output has gone; do not complain about it again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return 130
+    except MultifdError as error:
+        if arguments.debug:
+            traceback.print_exc()
+        _say(str(error).replace("\n", " "))
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def _say(text: str) -> None:
+    print(f"multifd: {text}", file=sys.stderr, flush=True)
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    _say(f"warning: {message}")
+
+
+def _terminate(number: int, _: object) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="multifd",
+        description="QEMU's parallel migration channels: send, receive and look into guest memory, "
+        "compressed by plugins.",
+    )
+    parser.add_argument("--version", action="version", version=f"multifd {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    common.add_argument("--debug", action="store_true", help="on an error, print where it came from")
+    timed = argparse.ArgumentParser(add_help=False)
+    timed.add_argument(
+        "--timeout",
+        type=_seconds,
+        metavar="SECONDS",
+        help="bounds connecting, first bytes and a SYNC that others wait for (30)",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    command = commands.add_parser(
+        "compressors",
+        parents=[common],
+        help="which compressors work here, and why not",
+        description="List the installed compressors: whether each works here, with what, or why not.",
+    )
+    command.set_defaults(run=_compressors)
+
+    command = commands.add_parser(
+        "receive",
+        parents=[common, timed],
+        help="take one migration into a snapshot",
+        description="Take one migration and end.  Waits for the source without limit unless --timeout is given.",
+    )
+    command.add_argument("uri", metavar="URI", help=f"{URI_HELP} to listen on (port 0: any), or recording:DIR")
+    command.add_argument("-o", "--output", required=True, metavar="DIR", help="the snapshot to make; must not exist")
+    command.add_argument("--compressor", metavar="NAME", help="refuse packets of any other method")
+    command.add_argument("--channels", type=int, metavar="N", help="the source's multifd-channels (2)")
+    command.add_argument(
+        "--page-size", type=_size, metavar="SIZE", help="assumed where the stream names none: 4K, 16K or 64K (4K)"
+    )
+    command.add_argument("--no-digest", action="store_true", help="do not compute the blocks' SHA-256 at the end")
+    command.add_argument(
+        "--no-description", action="store_true", help="take a stream without VM description (suppress-vmdesc=on)"
+    )
+    command.add_argument(
+        "--missing-pages", action="store_true", help="take a stream in which pages never come (balloon, virtio-mem)"
+    )
+    command.add_argument(
+        "--idle-timeout", type=_seconds, metavar="SECONDS", help="give up when nothing comes for so long (never)"
+    )
+    command.set_defaults(run=_receive)
+
+    command = commands.add_parser(
+        "send",
+        parents=[common, timed],
+        help="send memory to a destination",
+        description="Send a snapshot or a raw memory image; succeeds when the destination has confirmed.",
+    )
+    command.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
+    command.add_argument("uri", metavar="URI", help=f"where the destination listens: {URI_HELP}")
+    command.add_argument(
+        "--compressor", default="none", metavar="NAME[,key=value...]", help="see `multifd compressors` (none)"
+    )
+    command.add_argument("--level", metavar="N", help="short for --compressor NAME,level=N")
+    command.add_argument("--channels", type=int, metavar="N", help="multifd channels (2)")
+    command.add_argument(
+        "--zero-pages",
+        choices=("multifd", "legacy", "none"),
+        help="in the packets (the default for an image), on the main channel (right for every destination, the "
+        "default for a snapshot), or as normal pages",
+    )
+    command.add_argument("--block", default="pc.ram", metavar="NAME", help="an image's RAM block (pc.ram)")
+    command.add_argument("--page-size", type=_size, metavar="SIZE", help="an image's page size: 4K, 16K or 64K (4K)")
+    command.set_defaults(run=_send)
+
+    command = commands.add_parser(
+        "inspect",
+        parents=[common],
+        help="what a recording or a snapshot holds",
+        description="Describe a recording (main.bin, chK.bin) or a snapshot.",
+    )
+    command.add_argument("path", metavar="RECORDING|SNAPSHOT")
+    command.set_defaults(run=_inspect)
+    return parser
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is not a time in seconds")
+    return value
+
+
+def _size(text: str) -> int:
+    number = text.upper().removesuffix("K")
+    return int(number) * (1024 if number != text.upper() else 1)
+
+
+def _compressors(arguments: argparse.Namespace) -> int:
+    from multifd import plugins
+
+    rows = plugins.rows()
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    table = [("NAME", "METHOD", "FLAG", "AVAILABLE", "WITH")]
+    for row in rows:
+        state = ("hardware" if row["hardware"] else "software") if row["available"] else "no"
+        detail = f"{row['provider']} {row['version']}".strip()
+        if not row["available"]:
+            detail = "; ".join(filter(None, (row["reason"], row["install"])))
+        table.append((row["name"], row["method"], str(row["flag"]), state, f"{detail} [{row['distribution']}]"))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    have = {row["name"] for row in rows}
+    for name, distribution in plugins.OURS.items():
+        if name not in have:
+            print(f"not installed: {name} (pip install {distribution})")
+    return 0
+
+
+def _receive(arguments: argparse.Namespace) -> int:
+    from multifd import migrate
+
+    with _ProgressLine() as line:
+        result = migrate.receive(
+            arguments.uri,
+            arguments.output,
+            arguments.compressor,
+            channels=arguments.channels,
+            page_size=arguments.page_size,
+            description_required=not arguments.no_description,
+            missing_allowed=arguments.missing_pages,
+            digests=not arguments.no_digest,
+            timeout=arguments.timeout or migrate.DEFAULT_TIMEOUT,
+            first_timeout=arguments.timeout,
+            idle_timeout=arguments.idle_timeout,
+            on_listening=lambda uri: _say(f"listening on {uri}"),
+            on_progress=line.show,
+        )
+    _report(arguments, "received", result, {"snapshot": arguments.output})
+    return 0
+
+
+def _send(arguments: argparse.Namespace) -> int:
+    from multifd import migrate
+    from multifd.snapshot import open_source
+
+    if not 0 < len(arguments.block.encode()) < 256 or not arguments.block.isascii():
+        raise UsageError(f"block name {arguments.block!r}: 1 to 255 ASCII characters")
+    compressor = arguments.compressor
+    if arguments.level is not None:
+        compressor += f",level={arguments.level}"
+    source = open_source(arguments.source, block=arguments.block, page_size=arguments.page_size)
+    with _ProgressLine() as line:
+        result = migrate.send(
+            source,
+            arguments.uri,
+            compressor,
+            channels=migrate.DEFAULT_CHANNELS if arguments.channels is None else arguments.channels,
+            zero_pages=arguments.zero_pages,
+            timeout=arguments.timeout or migrate.DEFAULT_TIMEOUT,
+            on_progress=line.show,
+        )
+    _report(arguments, "sent", result, {})
+    return 0
+
+
+def _report(arguments: argparse.Namespace, verb: str, result: Result, more: dict[str, Any]) -> None:
+    if arguments.json:
+        print(json.dumps(asdict(result) | more))
+        return
+    rate = result.memory_bytes / max(result.seconds, 1e-9)
+    pages = result.normal_pages + result.zero_pages
+    target = f" into {more['snapshot']}" if more else ""
+    print(
+        f"{verb} {_bytes(result.memory_bytes)} in {result.seconds:.2f} s ({_bytes(rate)}/s){target}: {pages} pages, "
+        f"{result.zero_pages} of them zero; {_bytes(result.wire_bytes)} on the wire (ratio "
+        f"{result.memory_bytes / max(result.wire_bytes, 1):.2f}), {result.channels} channels, {result.compressor}"
+    )
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from multifd.inspect import inspect
+
+    found = inspect(arguments.path)
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    for key, value in found.items():
+        if key == "blocks":
+            for block in value:
+                digest = block.get("sha256")
+                print(f"{'block':<19}{block['idstr']}: {block['used_length']} bytes" + (f", {digest}" if digest else ""))
+        elif value is not None:
+            text = ", ".join(value) if isinstance(value, list) else value
+            print(f"{key.replace('_', ' '):<19}{text}")
+    return 0
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+class _ProgressLine:
+    """One line on the terminal, rewritten; `show` is None where there is no terminal."""
+
+    def __init__(self) -> None:
+        self.show: OnProgress | None = self._show if sys.stderr.isatty() else None
+        self._last: Progress | None = None
+
+    def __enter__(self) -> _ProgressLine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._last is not None:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def _show(self, progress: Progress) -> None:
+        last = self._last
+        seconds = progress.seconds - last.seconds if last else progress.seconds
+        memory = progress.memory_bytes - last.memory_bytes if last else progress.memory_bytes
+        self._last = progress
+        ratio = progress.memory_bytes / max(progress.wire_bytes, 1)
+        left = max(progress.total_pages - progress.pages, 0)
+        print(
+            f"\r\x1b[K{_bytes(max(memory, 0) / max(seconds, 1e-9))}/s, ratio {ratio:.2f}, {left} pages left",
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )

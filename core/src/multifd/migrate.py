@@ -1,0 +1,643 @@
+"""The two jobs on a migration: `send` memory as its source, `receive` it as its destination.
+
+    from multifd.migrate import receive, send
+
+    result = receive("tcp:127.0.0.1:4444", "snap", channels=2)    # in one process
+    result = send("guest.raw", "tcp:127.0.0.1:4444", "zstd", channels=2)    # in another
+
+Both raise MultifdError, and KeyboardInterrupt as it comes; either way no thread, descriptor or
+half-written snapshot is left.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from multifd.errors import CallerError, MultifdError, PeerError, UsageError
+from multifd.flags import MULTIFD_MAGIC, PACKET_SIZE, VM_FILE_MAGIC, Command
+from multifd.plugins import Spec, select
+from multifd.ram import Block, runs
+from multifd.recv import Codecs, Memory, RecvChannels
+from multifd.send import ZERO_PAGES, Batch, SendChannels, SourceFile
+from multifd.snapshot import SYNC_MODES, BlockFile, SnapshotWriter, Source, check_free
+from multifd.stream import (
+    BlockList,
+    CommandReceived,
+    Configuration,
+    DeviceState,
+    Event,
+    PageData,
+    Parser,
+    ReturnPathParser,
+    SyncPoint,
+    Writer,
+    ZeroPages,
+    pong,
+    shut,
+)
+from multifd.transport import Connection, Listener, Lost, RecordedConnection, Silence, SocketConnection, Uri, connect, open_recording
+from multifd.wire import INIT, MAGIC, PAGE_SIZES, InitPacket
+
+DEFAULT_CHANNELS = 2
+MAX_CHANNELS = 255
+#: Seconds; QEMU itself waits for ever.
+DEFAULT_TIMEOUT = 30.0
+#: Bytes of the main channel read at once.
+MAIN_READ = 256 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a migration did.  `wire_bytes` are those from source to destination, all connections.
+
+    `packets` counts every multifd packet, SYNC included; `memory_bytes` is (normal + zero) x page
+    size; `seconds` run from the first connection to the confirmation.
+    """
+
+    seconds: float
+    normal_pages: int
+    zero_pages: int
+    wire_bytes: int
+    memory_bytes: int
+    packets: int
+    channels: int
+    compressor: str
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a migration is; `total_pages` is 0 while it is not known."""
+
+    seconds: float
+    pages: int
+    total_pages: int
+    memory_bytes: int
+    wire_bytes: int
+
+
+OnProgress = Callable[[Progress], None]
+
+
+def _check_channels(channels: int) -> None:
+    if not 1 <= channels <= MAX_CHANNELS:
+        raise UsageError(f"{channels} channels: QEMU takes 1 to {MAX_CHANNELS}")
+
+
+@contextmanager
+def _every(seconds: float, action: Callable[[], None]) -> Iterator[None]:
+    """Call `action` from a thread of its own, every so often, while the body runs."""
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.wait(seconds):
+            action()
+
+    thread = threading.Thread(target=run, name="multifd-every", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+# --- source ---
+
+
+def send(
+    source: Source,
+    uri: str,
+    compressor: str = "none",
+    *,
+    channels: int = DEFAULT_CHANNELS,
+    zero_pages: str | None = None,
+    sync: str | None = None,
+    uuid: bytes | None = None,
+    timeout: float = DEFAULT_TIMEOUT,
+    on_progress: OnProgress | None = None,
+) -> Result:
+    """Send a snapshot or a raw image (`snapshot.open_source`) to the destination at `uri`.
+
+    `compressor` is `NAME[,key=value...]`.  `zero_pages` says where zero pages go: `multifd`, in
+    the packets, for destinations of 9.0 and newer with fresh memory (the default for raw
+    images); `legacy`, on the main channel, right for every destination (for snapshots); `none`,
+    as normal pages.  `sync` is `round` or `section`, what the destination's machine type wants;
+    the source's own unless given, and so is `uuid`, 16 bytes.  Returns when the destination has
+    confirmed.  Raises UsageError, CallerError, HostError, PeerError, CompressorError.
+    """
+    _check_channels(channels)
+    target = Uri.parse(uri)
+    if target.scheme == "recording":
+        raise UsageError(f"{uri}: a recording can only be received")
+    zero_pages = zero_pages or ("legacy" if source.configuration is not None else "multifd")
+    sync = sync or source.sync
+    if zero_pages not in ZERO_PAGES or sync not in SYNC_MODES:
+        raise UsageError(f"zero_pages {zero_pages!r} or sync {sync!r} is none of {ZERO_PAGES}, {SYNC_MODES}")
+    spec = Spec.parse(compressor)
+    chosen = select(spec.name)
+    settings = chosen.settings(spec.settings, sending=True)
+    with ExitStack() as cleanup:
+        files = [_open_block(item.block, item.path, cleanup) for item in source.blocks]
+        silence = Silence(timeout)
+        started = time.monotonic()
+        main = connect(target, silence)
+        cleanup.callback(main.close)
+        writer = Writer(source.page_size, sync)
+        # Main first, and its first bytes at once: a destination before 8.0 goes by order alone,
+        # and one that peeks is blocked until they come.
+        main.write([writer.head(source.configuration), writer.open_return_path()])
+        connections: list[SocketConnection] = []
+        for number in range(channels):
+            connection = connect(target, silence)
+            cleanup.callback(connection.close)
+            connections.append(connection)
+            connection.write([InitPacket(uuid or source.uuid, number).pack()])
+        engine = SendChannels(connections, chosen, settings, source.page_size, zero_pages)
+        total = sum(file.block.used_length for file in files) // source.page_size
+
+        def wire_bytes() -> int:
+            return main.bytes_written + sum(connection.bytes_written for connection in connections)
+
+        def report() -> None:
+            _, normal, zero = engine.counts
+            done = normal + zero
+            if on_progress is not None:
+                seconds = time.monotonic() - started
+                on_progress(Progress(seconds, done, total, done * source.page_size, wire_bytes()))
+
+        if on_progress is not None:
+            cleanup.enter_context(_every(0.5, report))
+        try:
+            _send_all(source, files, main, writer, engine, zero_pages)
+            _wait_for_confirmation(main, silence)
+        except (Lost, _Refused) as error:
+            raise PeerError(
+                f"{error}: the destination's own message says why.  Here: compressor {compressor}, {channels} "
+                f"channels, page size {source.page_size}; method, channels and page size must be the same there"
+            ) from error
+        finally:
+            # Also wakes the channels' threads where something failed.
+            engine.stop()
+        packets, normal, zero = engine.counts
+        seconds = time.monotonic() - started
+    pages = normal + zero
+    return Result(
+        round(seconds, 6), normal, zero, wire_bytes(), pages * source.page_size, packets, channels, chosen.name
+    )
+
+
+def _open_block(block: Block, path: Path, cleanup: ExitStack) -> SourceFile:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise CallerError(f"{path}: {error.strerror}") from error
+    cleanup.callback(os.close, fd)
+    with suppress(OSError):
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    return SourceFile(block, str(path), fd)
+
+
+def _batches(file: SourceFile) -> Iterator[Batch]:
+    """All of a block in packets; what lies wholly in a hole of its file need not be read."""
+    length = file.block.used_length
+    data = -1
+    for offset in range(0, length, PACKET_SIZE):
+        if data <= offset:
+            data = _next_data(file.fd, offset, length)
+        size = min(PACKET_SIZE, length - offset)
+        yield Batch(file, offset, size, hole=data >= offset + size)
+
+
+def _next_data(fd: int, offset: int, length: int) -> int:
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError:
+        # Past the last data, or a file system that knows no holes: then look at everything.
+        try:
+            end = os.lseek(fd, 0, os.SEEK_END)
+            os.lseek(fd, offset, os.SEEK_HOLE)
+        except OSError:
+            return offset
+        return length if end >= length else offset
+
+
+def _send_all(
+    source: Source, files: list[SourceFile], main: Connection, writer: Writer, engine: SendChannels, zero_pages: str
+) -> None:
+    main.write([writer.ram_start(file.block for file in files)])
+    engine.sync()
+    main.write([writer.ram_end()])
+
+    def write_zeros() -> None:
+        words = [writer.zero_pages(idstr, offsets) for idstr, offsets in engine.take_zeros()]
+        if words:
+            main.write(words)
+
+    for file in files:
+        for batch in _batches(file):
+            if batch.hole and zero_pages == "none":
+                batch = Batch(file, batch.offset, batch.length)
+            engine.submit(batch)
+            write_zeros()
+    engine.sync()
+    write_zeros()
+    main.write([writer.ram_close()])
+    if source.device_state is None:
+        main.write([writer.end()])
+        return
+    try:
+        with open(source.device_state, "rb") as state:
+            while data := state.read(MAIN_READ):
+                main.write([data])
+    except OSError as error:
+        raise CallerError(f"{source.device_state}: {error.strerror}") from error
+
+
+class _Refused(PeerError):
+    """The destination did not confirm."""
+
+
+def _wait_for_confirmation(main: Connection, silence: Silence) -> None:
+    silence.awaited = True
+    answers = ReturnPathParser()
+    while answers.shut is None:
+        data = main.read_some(4096)
+        if not data:
+            raise _Refused("the destination closed the connection without confirming that it has everything")
+        answers.feed(data)
+    if answers.shut:
+        raise _Refused(f"the destination reports that it failed (code {answers.shut})")
+
+
+# --- destination ---
+
+
+def receive(
+    uri: str,
+    output: str | Path,
+    compressor: str | None = None,
+    *,
+    channels: int | None = None,
+    page_size: int | None = None,
+    description_required: bool = True,
+    missing_allowed: bool = False,
+    digests: bool = True,
+    timeout: float = DEFAULT_TIMEOUT,
+    first_timeout: float | None = None,
+    idle_timeout: float | None = None,
+    on_listening: Callable[[str], None] | None = None,
+    on_progress: OnProgress | None = None,
+) -> Result:
+    """Take one migration from `uri` (`tcp:`, `unix:` or `recording:`) into a snapshot.
+
+    Without `compressor` each packet's own flag decides.  `channels` is DEFAULT_CHANNELS unless
+    given; a recording says it itself.  `page_size` is assumed where the stream names none.
+    `description_required` refuses a stream without VM description, `missing_allowed` takes one
+    in which pages never came (memory that the guest gave back to its host).  `timeout` bounds
+    first bytes and a SYNC that others wait for, `first_timeout` the first connection,
+    `idle_timeout` any silence; all in seconds, the last two None for ever.
+    Raises UsageError, CallerError, HostError, PeerError, CompressorError.
+    """
+    if page_size not in (None, *PAGE_SIZES):
+        raise UsageError(f"page size {page_size} is none of {', '.join(map(str, PAGE_SIZES))}")
+    source = Uri.parse(uri)
+    path = Path(os.path.abspath(output))
+    check_free(path)
+    codecs = Codecs(Spec.parse(compressor) if compressor else None)
+    silence = Silence(timeout, idle_timeout)
+    with ExitStack() as cleanup:
+        if source.scheme == "recording":
+            main, others = open_recording(source.path)
+            connections: list[Connection] = [main, *others]
+            for connection in connections:
+                cleanup.callback(connection.close)
+            if channels not in (None, len(others)):
+                raise UsageError(f"{uri} has {len(others)} channels, not {channels}: leave --channels out")
+            arrivals = _Arrivals(None, len(others), codecs, silence)
+            cleanup.callback(arrivals.close)
+            for connection in connections:
+                arrivals.take(connection)
+        else:
+            channels = DEFAULT_CHANNELS if channels is None else channels
+            _check_channels(channels)
+            listener = Listener(source)
+            cleanup.callback(listener.close)
+            arrivals = _Arrivals(listener, channels, codecs, silence)
+            cleanup.callback(arrivals.close)
+            if on_listening is not None:
+                on_listening(str(listener.uri))
+            arrivals.start()
+        job = _Receiver(arrivals, path, page_size, description_required, missing_allowed)
+        cleanup.callback(job.close)
+        if on_progress is not None:
+            cleanup.enter_context(_every(0.5, lambda: on_progress(job.progress())))
+        result = job.run(first_timeout)
+    if digests and job.snapshot is not None:
+        job.snapshot.add_digests()
+    return result
+
+
+class _Arrivals:
+    """Accepts connections; each gets a thread, which finds out by its first bytes what it is."""
+
+    def __init__(self, listener: Listener | None, count: int, codecs: Codecs, silence: Silence) -> None:
+        self.silence = silence
+        self.codecs = codecs
+        self.channels = RecvChannels(count, codecs, silence, self._wake)
+        self._listener = listener
+        self._changed = threading.Condition()
+        # Guarded by the condition:
+        self._main: Connection | None = None
+        self._first: float | None = None
+        self._over = False
+        self._connections: list[Connection] = []
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Accept in a thread of its own, until closed."""
+        self._spawn(self._accept)
+
+    def take(self, connection: Connection) -> None:
+        """A connection has come."""
+        with self._changed:
+            if self._over:
+                connection.close()
+                return
+            self._connections.append(connection)
+            self._first = self._first or time.monotonic()
+            self._changed.notify_all()
+            self._spawn(lambda: self._serve(connection))
+
+    def main(self, first_timeout: float | None) -> Connection:
+        """Wait for the main channel.  Raises PeerError where it does not come in time."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._first is not None, first_timeout)
+            if self._first is None:
+                raise PeerError(f"nobody connected within {first_timeout:g} s (--timeout)")
+            self._changed.wait_for(lambda: self._main is not None or self._over, self.silence.timeout)
+            self.channels.raise_failure()
+            if self._main is None:
+                raise PeerError(
+                    f"{len(self._connections)} connections came, none of them a main channel, within "
+                    f"{self.silence.timeout:g} s (--timeout)"
+                )
+            return self._main
+
+    def close(self) -> None:
+        """Stop accepting, wake and end all threads, close all connections."""
+        with self._changed:
+            self._over = True
+            connections = list(self._connections)
+        if self._listener is not None:
+            self._listener.interrupt()
+        self.channels.stop()
+        for connection in connections:
+            connection.interrupt()
+        for thread in self._threads:
+            thread.join()
+        for connection in connections:
+            connection.close()
+
+    def _wake(self) -> None:
+        """A channel failed: whoever waits for the main channel, or reads it, must see it."""
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+            if self._main is not None:
+                self._main.interrupt(reading_only=True)
+
+    def _spawn(self, action: Callable[[], None]) -> None:
+        thread = threading.Thread(target=action, name="multifd-recv", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        while (connection := self._listener.accept(self.silence)) is not None:
+            self.take(connection)
+
+    def _serve(self, connection: Connection) -> None:
+        try:
+            self._identify(connection)
+        except BaseException as error:
+            self.channels.fail(error)
+
+    def _identify(self, connection: Connection) -> None:
+        deadline = time.monotonic() + self.silence.timeout
+        first = bytearray(INIT.size)
+        view = memoryview(first)
+        got = connection.read_first(view[: MAGIC.size], deadline)
+        if got < MAGIC.size:
+            if not got and isinstance(connection, SocketConnection):
+                warnings.warn(f"{connection.name} closed without a byte: ignored", RuntimeWarning, stacklevel=1)
+                return
+            raise PeerError(f"{connection.name} ended after {got} bytes: is it a migration?")
+        (magic,) = MAGIC.unpack(view[: MAGIC.size])
+        if magic == VM_FILE_MAGIC:
+            with self._changed:
+                if self._main is not None:
+                    raise PeerError("a second main channel came: two migrations at once?")
+                self._main = connection
+                self._changed.notify_all()
+        elif magic == MULTIFD_MAGIC:
+            got += connection.read_first(view[MAGIC.size :], deadline)
+            if got < INIT.size:
+                raise PeerError(f"{connection.name} ended after {got} of the {INIT.size} bytes of its init packet")
+            self.channels.serve(connection, InitPacket.unpack(first))
+        else:
+            tls = ": it speaks TLS, this side does not" if first[:2] == b"\x16\x03" else ""
+            raise PeerError(
+                f"{connection.name} begins with {magic:#010x}, neither a migration ({VM_FILE_MAGIC:#010x}) nor a "
+                f"multifd channel ({MULTIFD_MAGIC:#010x}){tls}"
+            )
+
+
+class _Receiver:
+    """Reads the main channel and makes the snapshot."""
+
+    def __init__(
+        self,
+        arrivals: _Arrivals,
+        path: Path,
+        page_size: int | None,
+        description_required: bool,
+        missing_allowed: bool,
+    ) -> None:
+        self.snapshot: SnapshotWriter | None = None
+        self._arrivals = arrivals
+        self._channels = arrivals.channels
+        self._path = path
+        self._parser = Parser(page_size)
+        self._description_required = description_required
+        self._missing_allowed = missing_allowed
+        self._configuration = Configuration("", None, None, b"")
+        self._main: Connection | None = None
+        self._return_path = False
+        self._started = time.monotonic()
+        self._main_zero = 0
+        self._main_normal = 0
+        self._rounds = 0
+        self._pages_then = 0
+        self._total_pages = 0
+
+    def run(self, first_timeout: float | None) -> Result:
+        """Take the migration to its end; says so to the source when it is on the disk."""
+        main = self._main = self._arrivals.main(first_timeout)
+        self._started = time.monotonic()
+        self._parser.feed(MAGIC.pack(VM_FILE_MAGIC))
+        try:
+            self._read(main)
+            self._channels.finish(recorded=isinstance(main, RecordedConnection))
+            return self._complete(main)
+        except BaseException:
+            if self._return_path:
+                with suppress(MultifdError):
+                    main.write([shut(1)])
+            raise
+
+    def close(self) -> None:
+        """Leave nothing behind but a complete snapshot."""
+        if self.snapshot is not None:
+            self.snapshot.discard()
+
+    def progress(self) -> Progress:
+        """How far it is, for a person."""
+        pages = self._pages()
+        size = self._parser.page_size
+        wire = self._channels.wire_bytes + (self._main.bytes_read if self._main else 0)
+        return Progress(time.monotonic() - self._started, pages, self._total_pages, pages * size, wire)
+
+    def _pages(self) -> int:
+        _, normal, zero = self._channels.counts
+        return normal + zero + self._main_zero + self._main_normal
+
+    def _read(self, main: Connection) -> None:
+        while not self._parser.complete:
+            events = self._next_events(main)
+            if events is None:
+                return
+            for event in events:
+                self._handle(event, main)
+
+    def _next_events(self, main: Connection) -> list[Event] | None:
+        """What the next bytes complete; None at an end that is allowed."""
+        try:
+            data = main.read_some(MAIN_READ, due=self._parser.inside)
+            if not data:
+                # A channel that failed has ended this reading; its error is the one to tell.
+                self._channels.raise_failure()
+                self._parser.end(description_required=self._description_required)
+                return None
+            self._parser.feed(data)
+            return list(self._parser.events())
+        except MultifdError as error:
+            raise error.at("main channel") from error
+
+    def _handle(self, event: Event, main: Connection) -> None:
+        size = self._parser.page_size
+        match event:
+            case DeviceState(data):
+                assert self.snapshot is not None
+                self.snapshot.add_device_state(data)
+            case ZeroPages(idstr, offsets):
+                assert self.snapshot is not None
+                for offset, length in runs(offsets, size):
+                    for start in range(offset, offset + length, PACKET_SIZE):
+                        self.snapshot.blocks[idstr].clear(start, min(PACKET_SIZE, offset + length - start))
+                self._main_zero += len(offsets)
+            case PageData(idstr, offset, data):
+                assert self.snapshot is not None
+                self.snapshot.blocks[idstr].store(offset, memoryview(data))
+                self._main_normal += 1
+            case SyncPoint():
+                assert self.snapshot is not None
+                self._channels.sync_point(self.snapshot.next_epoch)
+                pages = self._pages()
+                self._rounds += pages > self._pages_then
+                self._pages_then = pages
+            case Configuration():
+                self._configuration = event
+            case BlockList(blocks):
+                self.snapshot = SnapshotWriter(self._path, size)
+                self.snapshot.create_blocks(blocks)
+                self._total_pages = sum(block.used_length for block in blocks) // size
+                by_name = {block.idstr: block for block in blocks}
+                self._channels.start(Memory(size, by_name, self.snapshot.blocks))
+            case CommandReceived(Command.OPEN_RETURN_PATH, _):
+                self._return_path = True
+            case CommandReceived(Command.PING, data):
+                if not self._return_path:
+                    raise PeerError("main channel: a ping without a return path")
+                main.write([pong(int.from_bytes(data))])
+
+    def _complete(self, main: Connection) -> Result:
+        snapshot = self.snapshot
+        assert snapshot is not None  # the parser ends no stream without a block list
+        uuid = self._channels.uuid or bytes(16)
+        if self._configuration.uuid not in (None, uuid):
+            raise PeerError(f"main channel: VM uuid {self._configuration.uuid!r}, the multifd channels have {uuid!r}")
+        for file in snapshot.blocks.values():
+            self._check_pages(file)
+        packets, normal, zero = self._channels.counts
+        pages = self._pages()
+        size = self._parser.page_size
+
+        def result() -> Result:
+            return Result(
+                round(time.monotonic() - self._started, 6),
+                normal + self._main_normal,
+                zero + self._main_zero,
+                main.bytes_read + self._channels.wire_bytes,
+                pages * size,
+                packets,
+                self._channels.count,
+                self._arrivals.codecs.used,
+            )
+
+        transfer = asdict(result()) | {
+            "main_zero_pages": self._main_zero,
+            "sync_points": self._channels.sync_points,
+            "rounds": self._rounds,
+            "description": self._parser.complete,
+        }
+
+        def still_here() -> None:
+            with suppress(MultifdError):
+                main.write([pong(0)])
+
+        with ExitStack() as writing:
+            if self._return_path:
+                # A slow disk may take minutes; QEMU ignores a PONG, and our sender counts it as life.
+                writing.enter_context(_every(1.0, still_here))
+            snapshot.complete(
+                self._configuration.raw,
+                uuid=uuid,
+                machine=self._configuration.machine,
+                sync=self._parser.sync,
+                transfer=transfer,
+            )
+        if self._return_path:
+            with suppress(MultifdError):  # the snapshot is whole, whether the source hears it or not
+                main.write([shut(0)])
+        return result()
+
+    def _check_pages(self, file: BlockFile) -> None:
+        unsettled = file.unsettled()
+        if unsettled:
+            raise PeerError(
+                f"{len(unsettled)} pages of {file.block.idstr} came twice between two SYNCs with different content, "
+                f"the first at {unsettled[0]:#x}: which one is right cannot be known"
+            )
+        missing, first = file.missing()
+        if missing and not self._missing_allowed:
+            raise PeerError(
+                f"{missing} pages of {file.block.idstr} never came, the first at {first:#x}: they were lost, or the "
+                "guest gave them back to its host (balloon, virtio-mem); in that case allow it with --missing-pages"
+            )

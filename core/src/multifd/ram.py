@@ -1,0 +1,137 @@
+"""RAM blocks, runs of pages, zero pages, and which pages have come; no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from multifd.errors import PeerError
+from multifd.flags import PACKET_SIZE
+from multifd.wire import RamPacket
+
+ZEROS = bytes(PACKET_SIZE)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A RAM block: a named piece of guest memory, `used_length` bytes long."""
+
+    idstr: str
+    used_length: int
+
+
+def check_blocks(blocks: Sequence[Block], page_size: int) -> None:
+    """Refuse a block list that no source sends.  Raises PeerError."""
+    names = set()
+    for block in blocks:
+        if block.idstr in names:
+            raise PeerError(f"RAM block {block.idstr} is listed twice")
+        names.add(block.idstr)
+        if not block.used_length or block.used_length % page_size:
+            raise PeerError(
+                f"RAM block {block.idstr} has {block.used_length} bytes, not a multiple of the page size {page_size}"
+            )
+
+
+def check_offset(block: Block, offset: int, page_size: int) -> None:
+    """One page's offset against its block.  Raises PeerError."""
+    if offset % page_size:
+        raise PeerError(f"offset {offset:#x} in {block.idstr} is not a multiple of the page size {page_size}")
+    if offset + page_size > block.used_length:
+        raise PeerError(f"offset {offset:#x} is beyond the end of {block.idstr} ({block.used_length:#x} bytes)")
+
+
+def check_packet(blocks: Mapping[str, Block], packet: RamPacket, page_size: int) -> Block:
+    """The block a packet's pages belong to, after its name and every offset were checked.
+
+    Raises PeerError for a block that is not in the list, an offset that is not aligned or
+    lies beyond the block.
+    """
+    block = blocks.get(packet.ramblock)
+    if block is None:
+        raise PeerError(
+            f"packet {packet.packet_num} is for RAM block {packet.ramblock!r}, the source listed {', '.join(blocks)}"
+        )
+    offsets = packet.normal + packet.zero
+    bits = 0
+    for offset in offsets:
+        bits |= offset
+    if bits % page_size or max(offsets) + page_size > block.used_length:
+        for offset in offsets:
+            check_offset(block, offset, page_size)
+    return block
+
+
+def runs(offsets: Sequence[int], page_size: int) -> list[tuple[int, int]]:
+    """Neighbours joined: (offset, length in bytes) of each run, in the order given."""
+    if not offsets:
+        return []
+    first, last = offsets[0], offsets[-1]
+    length = len(offsets) * page_size
+    # Most packets are one run; comparing with a range costs a third of the walk.
+    if last - first + page_size == length and tuple(offsets) == tuple(range(first, last + 1, page_size)):
+        return [(first, length)]
+    found = []
+    start = end = first
+    for offset in offsets:
+        if offset != end:
+            found.append((start, end - start))
+            start = offset
+        end = offset + page_size
+    found.append((start, end - start))
+    return found
+
+
+def zero_indexes(pages: bytearray, count: int, page_size: int) -> list[int]:
+    """Which of the first `count` pages in `pages` are all zero.
+
+    The first word of each page sorts out most of the others; slices are compared because
+    comparing views goes item by item.
+    """
+    words = memoryview(pages).cast("Q")[: count * page_size // 8 : page_size // 8].tolist()
+    zero = ZEROS[:page_size]
+    return [
+        index
+        for index, word in enumerate(words)
+        if not word and pages[index * page_size : (index + 1) * page_size] == zero
+    ]
+
+
+class Arrivals:
+    """Which pages of one block have come, and when: one byte of memory per page.
+
+    0 is never, 1..254 an epoch (the time between two sync points), 255 some epoch before.
+    """
+
+    NEVER = 0
+    LAST = 254
+    BEFORE = 255
+    _FORGET = bytes([NEVER]) + bytes([BEFORE]) * 255
+
+    def __init__(self, pages: int) -> None:
+        self._when = bytearray(pages)
+        self._epoch = 1
+
+    def mark(self, first: int, count: int) -> tuple[bool, set[int]]:
+        """Note that pages came; says whether any had come before, and which in this epoch."""
+        when = self._when[first : first + count]
+        again = set()
+        if self._epoch in when:
+            again = {first + index for index, epoch in enumerate(when) if epoch == self._epoch}
+        self._when[first : first + count] = bytes([self._epoch]) * count
+        return when.count(self.NEVER) != count, again
+
+    def this_epoch(self, page: int) -> bool:
+        """Whether the page has come since the last sync point."""
+        return self._when[page] == self._epoch
+
+    def next_epoch(self) -> None:
+        """A sync point was passed."""
+        if self._epoch == self.LAST:
+            self._when = self._when.translate(self._FORGET)
+            self._epoch = 0
+        self._epoch += 1
+
+    def missing(self) -> tuple[int, int]:
+        """How many pages never came, and the first of them (-1 if none)."""
+        return self._when.count(self.NEVER), self._when.find(self.NEVER)

@@ -1,0 +1,347 @@
+"""The receiving channels: one thread each, which checks packets and puts pages in their place.
+
+A channel stops at its k-th SYNC until the main channel has come to its k-th marker and every
+other channel to its k-th SYNC (`sync_point`); only then does anything of the next epoch touch
+the memory.  Everything of a packet is checked before a byte of memory is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from multifd.errors import MultifdError, PeerError
+from multifd.flags import MAX_PAYLOAD, PACKET_SIZE, PacketFlag, method_name
+from multifd.hookspecs import Channel
+from multifd.plugins import Compressor, Settings, Spec, select, select_for_flag
+from multifd.ram import Block, check_packet, runs
+from multifd.transport import Connection, Ended, Silence
+from multifd.wire import PREFIX, InitPacket, RamPacket, header_length, unpack_flags
+
+
+class PageStore(Protocol):
+    """Where one block's pages go; offsets and lengths were checked."""
+
+    def store(self, offset: int, pages: memoryview) -> None:
+        """Take a run of pages."""
+
+    def clear(self, offset: int, length: int) -> None:
+        """Make a run of pages zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The destination's memory: known once the main channel has listed the RAM blocks."""
+
+    page_size: int
+    blocks: Mapping[str, Block]
+    stores: Mapping[str, PageStore]
+
+
+class Codecs:
+    """Finds the compressor for a packet: the one named, or the best for the packet's own flag."""
+
+    def __init__(self, spec: Spec | None) -> None:
+        """Loads the compressor named, so that a wrong name is known before anybody connects."""
+        self._lock = threading.Lock()
+        self._loaded: dict[int, tuple[Compressor, Settings]] = {}
+        self._expected = None
+        if spec is not None:
+            compressor = select(spec.name)
+            self._expected = compressor
+            self._loaded[compressor.facts.flag] = compressor, compressor.settings(spec.settings, sending=False)
+
+    def check(self, flag: int) -> None:
+        """Raises PeerError where the peer uses another method than the one named here."""
+        if self._expected is not None and flag != self._expected.facts.flag:
+            mine, theirs = self._expected.facts.method, method_name(flag)
+            raise PeerError(
+                f"the sender uses {theirs}, this side expects {mine}: start both with the same --compressor"
+            )
+
+    def get(self, flag: int) -> tuple[Compressor, Settings]:
+        """The compressor for a method number, loaded at its first packet."""
+        with self._lock:
+            if flag not in self._loaded:
+                compressor = select_for_flag(flag)
+                self._loaded[flag] = compressor, compressor.settings({}, sending=False)
+            return self._loaded[flag]
+
+    @property
+    def used(self) -> str:
+        """The compressors' names, for people: the packets' methods, in the order of coming."""
+        return "+".join(compressor.name for compressor, _ in self._loaded.values()) or "none"
+
+
+@dataclass(slots=True)
+class _RecvChannel:
+    """Owned by its thread, but for `syncs`, `fresh_pages` and `ended`, which the lock guards."""
+
+    id: int
+    connection: Connection
+    codecs: dict[int, tuple[Compressor, Channel]] = field(default_factory=dict)
+    syncs: int = 0
+    fresh_pages: int = 0
+    ended: str = ""
+    packets: int = 0
+    normal_pages: int = 0
+    zero_pages: int = 0
+    payload_bytes: int = 0
+    unread: int = 0
+
+
+class RecvChannels:
+    """All receiving channels of one migration."""
+
+    def __init__(self, count: int, codecs: Codecs, silence: Silence, on_failure: Callable[[], None]) -> None:
+        """`on_failure` is called once, from any thread, to wake the main channel's reader."""
+        self.count = count
+        self.uuid: bytes | None = None
+        self._codecs = codecs
+        self._silence = silence
+        self._on_failure = on_failure
+        self._changed = threading.Condition()
+        # Guarded by the condition:
+        self._channels: dict[int, _RecvChannel] = {}
+        self._memory: Memory | None = None
+        self._passed = 0
+        self._over = False
+        self._failure: BaseException | None = None
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Packets (SYNC included), normal pages and zero pages so far."""
+        channels = list(self._channels.values())
+        return (
+            sum(channel.packets for channel in channels),
+            sum(channel.normal_pages for channel in channels),
+            sum(channel.zero_pages for channel in channels),
+        )
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes read from all channels so far."""
+        return sum(channel.connection.bytes_read for channel in list(self._channels.values()))
+
+    @property
+    def sync_points(self) -> int:
+        """Sync points that all have passed."""
+        return self._passed
+
+    def serve(self, connection: Connection, init: InitPacket) -> None:
+        """Read one channel to its end, in the caller's thread; errors go to `fail`."""
+        channel = self._register(connection, init)
+        try:
+            self._run(channel)
+        except MultifdError as error:
+            self.fail(error.at(f"channel {channel.id}"))
+        finally:
+            for compressor, view in channel.codecs.values():
+                compressor.cleanup("recv", view)
+
+    def start(self, memory: Memory) -> None:
+        """The RAM blocks are known: let the channels read."""
+        with self._changed:
+            self._memory = memory
+            self._changed.notify_all()
+
+    def sync_point(self, between: Callable[[], None]) -> None:
+        """The main channel is at its next marker: wait for every channel's SYNC, then go on.
+
+        `between` is called while all of them stand still.  Raises PeerError where a channel
+        ended before, is missing, or nothing moves for the timeout; or the first failure.
+        """
+        with self._changed:
+            number = self._passed + 1
+            self._silence.awaited = True
+            while late := self._late(number):
+                self._raise_failure()
+                if not self._changed.wait(self._silence.interval):
+                    self._silence.check(late, awaited=True)
+            self._raise_failure()
+            between()
+            self._passed = number
+            self._silence.awaited = False
+            self._changed.notify_all()
+
+    def finish(self, *, recorded: bool) -> None:
+        """The main channel is complete.  Raises PeerError where a channel is not.
+
+        A recorded channel is read to its end first.  A live one may stay open: there the source
+        waits for our answer.
+        """
+        with self._changed:
+            if recorded:
+                self._changed.wait_for(
+                    lambda: (
+                        self._over
+                        or all(channel.ended or channel.syncs > self._passed for channel in self._channels.values())
+                    )
+                )
+            self._raise_failure()
+            for channel in self._channels.values():
+                if channel.syncs != self._passed or channel.fresh_pages:
+                    raise PeerError(
+                        f"channel {channel.id}: {channel.syncs} SYNCs and {channel.fresh_pages} pages after the last, "
+                        f"but the main channel ended after {self._passed} sync points"
+                    )
+        self.stop()
+
+    def stop(self) -> None:
+        """Wake all threads and let them end."""
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+            channels = list(self._channels.values())
+        for channel in channels:
+            channel.connection.interrupt()
+
+    def fail(self, error: BaseException) -> None:
+        """Stop everything; the first error is the one that is raised."""
+        with self._changed:
+            if self._over:
+                return
+            self._failure = error
+        self.stop()
+        self._on_failure()
+
+    def raise_failure(self) -> None:
+        """Raise the first error of any channel."""
+        with self._changed:
+            self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _late(self, number: int) -> str:
+        """Who keeps sync point `number` waiting, in words; empty if nobody.  Locked."""
+        if self._failure is not None:
+            return "failed"
+        for channel in self._channels.values():
+            if channel.syncs < number and channel.ended:
+                raise PeerError(f"channel {channel.id}: {channel.ended} before SYNC {number}: did the source fail?")
+        if len(self._channels) < self.count:
+            return (
+                f"{len(self._channels)} of {self.count} multifd channels came: start both sides with the same "
+                "number of channels (and multifd on)"
+            )
+        waiting = [channel.id for channel in self._channels.values() if channel.syncs < number]
+        return f"channel {waiting[0]}: waiting for its SYNC {number}" if waiting else ""
+
+    def _register(self, connection: Connection, init: InitPacket) -> _RecvChannel:
+        with self._changed:
+            if self.uuid is None:
+                self.uuid = init.uuid
+            if init.uuid != self.uuid:
+                raise PeerError(
+                    f"channel {init.id}: VM uuid {init.uuid.hex()}, the other channels have {self.uuid.hex()}: "
+                    "two migrations at once?"
+                )
+            if init.id >= self.count:
+                raise PeerError(
+                    f"channel {init.id}: the sender uses at least {init.id + 1} channels, this side expects "
+                    f"{self.count}: start both with the same --channels"
+                )
+            if init.id in self._channels:
+                raise PeerError(f"channel {init.id}: came twice")
+            channel = self._channels[init.id] = _RecvChannel(init.id, connection)
+            self._changed.notify_all()
+            return channel
+
+    def _run(self, channel: _RecvChannel) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._memory is not None or self._over)
+            memory = self._memory
+        if memory is None or self._over:
+            return
+        size = memory.page_size
+        header = bytearray(header_length(size))
+        head = memoryview(header)
+        pages = memoryview(bytearray(PACKET_SIZE))
+        while True:
+            try:
+                channel.connection.read_into(head[: PREFIX.size])
+                flags = unpack_flags(head[: PREFIX.size])
+                if flags & PacketFlag.DEVICE_STATE:
+                    raise PeerError("a device-state packet: state of VFIO devices cannot be taken, detach them")
+                channel.connection.read_into(head[PREFIX.size :], due=True)
+            except Ended as ended:
+                # Whether it may end here is known at the next sync point, or at the end: QEMU 7.2
+                # can be cut inside an empty packet after the last SYNC.
+                with self._changed:
+                    channel.ended = str(ended)
+                    self._changed.notify_all()
+                return
+            packet = RamPacket.unpack(head, size)
+            channel.packets += 1
+            if packet.normal or packet.zero:
+                self._take(channel, memory, packet, pages)
+            if packet.sync and not self._wait_at_sync(channel):
+                return
+
+    def _take(self, channel: _RecvChannel, memory: Memory, packet: RamPacket, buffer: memoryview) -> None:
+        size = memory.page_size
+        self._codecs.check(packet.method)
+        block = check_packet(memory.blocks, packet, size)
+        store = memory.stores[block.idstr]
+        channel.fresh_pages += len(packet.normal) + len(packet.zero)
+        for offset, length in runs(packet.zero, size):
+            store.clear(offset, length)
+        if packet.normal:
+            pages = buffer[: len(packet.normal) * size]
+            self._decode(channel, packet, pages, size)
+            done = 0
+            for offset, length in runs(packet.normal, size):
+                store.store(offset, pages[done : done + length])
+                done += length
+        channel.normal_pages += len(packet.normal)
+        channel.zero_pages += len(packet.zero)
+
+    def _decode(self, channel: _RecvChannel, packet: RamPacket, pages: memoryview, page_size: int) -> None:
+        compressor, view = self._codec(channel, packet.method, page_size)
+        if not 0 < packet.next_packet_size <= MAX_PAYLOAD:
+            raise PeerError(
+                f"packet {packet.packet_num}: a payload of {packet.next_packet_size} bytes for "
+                f"{len(packet.normal)} pages; 1 to {MAX_PAYLOAD} are allowed"
+            )
+        view.next_packet_size = channel.unread = packet.next_packet_size
+        with compressor.guard(f"packet {packet.packet_num}"):
+            compressor.hook.multifd_recv(channel=view, pages=pages)
+        if channel.unread:
+            raise PeerError(
+                f"packet {packet.packet_num}: {channel.unread} of {packet.next_packet_size} payload bytes are left over"
+            )
+        channel.payload_bytes += packet.next_packet_size
+
+    def _codec(self, channel: _RecvChannel, flag: int, page_size: int) -> tuple[Compressor, Channel]:
+        if flag not in channel.codecs:
+            compressor, settings = self._codecs.get(flag)
+            view = compressor.channel(channel.id, page_size, settings)
+            view.bind(lambda wanted: _read_payload(channel, wanted))
+            channel.codecs[flag] = compressor, view
+            with compressor.guard("multifd_recv_setup"):
+                compressor.hook.multifd_recv_setup(channel=view)
+        return channel.codecs[flag]
+
+    def _wait_at_sync(self, channel: _RecvChannel) -> bool:
+        """Stop until the sync point is passed; False where the migration is over instead."""
+        with self._changed:
+            channel.syncs += 1
+            channel.fresh_pages = 0
+            self._silence.awaited = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._passed >= channel.syncs or self._over)
+            return not self._over
+
+
+def _read_payload(channel: _RecvChannel, wanted: memoryview) -> None:
+    if len(wanted) > channel.unread:
+        raise ValueError(f"read_into of {len(wanted)} bytes, {channel.unread} are left of this payload")
+    channel.unread -= len(wanted)
+    try:
+        channel.connection.read_into(wanted, due=True)
+    except Ended as ended:
+        raise PeerError(f"inside a payload, {ended}") from None

@@ -1,0 +1,533 @@
+"""The main channel: a parser and a writer that do no I/O.
+
+    parser = Parser()
+    parser.feed(data)               # any piece of the stream
+    for event in parser.events():   # all that is complete; stops where more data is needed
+    parser.end()                    # the connection ended: was that allowed?
+
+All integers are big-endian.  Checked against QEMU 7.2.22 and 10.0.13.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from multifd.errors import PeerError
+from multifd.flags import (
+    DEFAULT_PAGE_SIZE,
+    RAM_VERSION,
+    VM_FILE_MAGIC,
+    VM_FILE_VERSION,
+    Command,
+    RamSave,
+    ReturnPath,
+    Section,
+)
+from multifd.ram import Block, check_blocks, check_offset
+from multifd.wire import PAGE_SIZES
+
+FILE_HEADER = struct.Struct(">II")
+U32 = struct.Struct(">I")
+WORD = struct.Struct(">Q")
+ZERO_WORD = struct.Struct(">QB")
+SECTION_HEAD = struct.Struct(">II")
+COMMAND_HEAD = struct.Struct(">HH")
+RETURN_MESSAGE = struct.Struct(">HHI")
+
+MAX_MACHINE_NAME = 256
+MAX_BLOCKS = 4096
+#: A description longer than this is not looked for (QEMU's are some 10 KiB to a few 100 KiB).
+MAX_DESCRIPTION = 16 << 20
+#: ZERO words read in one step; keeps an event small.
+ZERO_BATCH = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """The stream's head: machine type, page size (None where the stream names none), uuid.
+
+    `raw` are its bytes as they came, the configuration byte included, the file header not.
+    """
+
+    machine: str
+    page_size: int | None
+    uuid: bytes | None
+    raw: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CommandReceived:
+    """A command: `Command.OPEN_RETURN_PATH`, `PING` with 4 bytes of data, or one to skip."""
+
+    number: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class BlockList:
+    """The RAM blocks, in the source's order."""
+
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ZeroPages:
+    """ZERO words: pages of one block that are all zero."""
+
+    idstr: str
+    offsets: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PageData:
+    """A PAGE word: one page with its content."""
+
+    idstr: str
+    offset: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SyncPoint:
+    """The marker that belongs to the next SYNC of every multifd channel."""
+
+
+@dataclass(frozen=True, slots=True)
+class RamEnd:
+    """The RAM sections are complete; what follows is device state."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceState:
+    """Bytes after the RAM sections, as they came."""
+
+    data: bytes
+
+
+Event = Configuration | CommandReceived | BlockList | ZeroPages | PageData | SyncPoint | RamEnd | DeviceState
+
+_POSTCOPY = "turn postcopy-ram off on the source: this side cannot take it"
+
+
+class Parser:
+    """Reads a main channel from its first byte.
+
+    `sync` is the mode once the first RAM section told it: `round` where it holds
+    MULTIFD_FLUSH (machine types 8.1 and newer), else `section`.  `description` is the VM
+    description once the stream has come to its end.
+    """
+
+    def __init__(self, page_size: int | None = None) -> None:
+        """`page_size` is assumed where the stream names none."""
+        self.page_size = page_size or DEFAULT_PAGE_SIZE
+        self.sync = ""
+        self.description: dict[str, Any] | None = None
+        self._buffer = bytearray()
+        self._position = 0
+        self._consumed = 0
+        self._blocks: dict[str, Block] = {}
+        self._block: Block | None = None
+        self._in_device_state = False
+        self._tail = bytearray()
+        self._steps = self._parse()
+
+    def feed(self, data: bytes) -> None:
+        """Add bytes; `events` says what they complete."""
+        if self._position:
+            del self._buffer[: self._position]
+            self._consumed += self._position
+            self._position = 0
+        self._buffer += data
+
+    def events(self) -> Iterator[Event]:
+        """What the bytes so far complete.  Raises PeerError where they are not a migration."""
+        for event in self._steps:
+            if event is None:
+                return
+            yield event
+
+    @property
+    def complete(self) -> bool:
+        """Whether the stream so far ends with its description."""
+        return self.description is not None
+
+    @property
+    def inside(self) -> bool:
+        """Whether the bytes so far end inside something of the RAM part, so that more is due."""
+        return not self._in_device_state and self._position < len(self._buffer)
+
+    def end(self, *, description_required: bool = True) -> None:
+        """The connection ended.  Raises PeerError unless it may end here.
+
+        Device state cut at a zero byte looks like a stream that never had a description, so
+        one without is refused unless it is not required.
+        """
+        if self.complete:
+            return
+        at = self._consumed + len(self._buffer)
+        if not self._in_device_state:
+            raise PeerError(f"the stream ended at byte {at}, before the RAM sections were complete")
+        if description_required:
+            raise PeerError(
+                f"the stream ended at byte {at} without its VM description, so device state may be cut: if the "
+                "source runs with suppress-vmdesc=on, allow it with --no-description"
+            )
+        if not self._tail or self._tail[-1] != Section.EOF:
+            raise PeerError(f"the stream ended at byte {at}, inside the device state")
+
+    # A coroutine that reads like the format: it yields events, and None for "more data".
+    _Steps = Generator[Event | None, None, None]
+
+    def _take(self, count: int) -> Generator[None, None, bytes]:
+        while len(self._buffer) - self._position < count:
+            yield None
+        start = self._position
+        self._position += count
+        return bytes(self._buffer[start : self._position])
+
+    def _unpack(self, layout: struct.Struct) -> Generator[None, None, tuple[Any, ...]]:
+        data = yield from self._take(layout.size)
+        return layout.unpack(data)
+
+    def _number(self, layout: struct.Struct) -> Generator[None, None, int]:
+        (number,) = yield from self._unpack(layout)
+        return int(number)
+
+    def _byte(self) -> Generator[None, None, int]:
+        data = yield from self._take(1)
+        return data[0]
+
+    def _name(self) -> Generator[None, None, str]:
+        length = yield from self._byte()
+        data = yield from self._take(length)
+        return data.decode("ascii", "backslashreplace")
+
+    def _wrong(self, text: str) -> PeerError:
+        return PeerError(f"at byte {self._consumed + self._position}: {text}")
+
+    def _parse(self) -> _Steps:
+        magic, version = yield from self._unpack(FILE_HEADER)
+        if magic != VM_FILE_MAGIC:
+            raise self._wrong(f"magic {magic:#010x} instead of {VM_FILE_MAGIC:#010x} (QEVM): not a migration stream")
+        if version != VM_FILE_VERSION:
+            raise self._wrong(f"migration stream version {version}, this side knows {VM_FILE_VERSION}")
+        kind = yield from self._configuration()
+        ram_id = None
+        while True:
+            if kind == Section.COMMAND:
+                yield from self._command()
+            elif kind == Section.START and ram_id is None:
+                ram_id = yield from self._ram_start()
+                yield from self._ram_body(ram_id, first=True)
+            elif kind in (Section.PART, Section.END) and ram_id is not None:
+                section = yield from self._number(U32)
+                if section != ram_id:
+                    raise self._wrong(f"section {section} is not RAM's ({ram_id}) and cannot be delimited")
+                yield from self._ram_body(ram_id)
+                if kind == Section.END:
+                    break
+            else:
+                yield from self._refuse_section(kind)
+            kind = yield from self._byte()
+        self._in_device_state = True
+        yield RamEnd()
+        while True:
+            while self._position == len(self._buffer):
+                yield None
+            data = bytes(self._buffer[self._position :])
+            self._position = len(self._buffer)
+            self._look_for_description(data)
+            yield DeviceState(data)
+
+    def _configuration(self) -> Generator[Event | None, None, int]:
+        """The configuration section; returns the byte after it, which opens the next."""
+        kind = yield from self._byte()
+        if kind != Section.CONFIGURATION:
+            raise self._wrong(f"section type {kind:#04x} where the configuration should be: machine with no type?")
+        length = yield from self._number(U32)
+        if length > MAX_MACHINE_NAME:
+            raise self._wrong(f"a machine type of {length} bytes")
+        name = yield from self._take(length)
+        raw = bytearray([kind]) + U32.pack(length) + name
+        page_size = uuid = None
+        while (kind := (yield from self._byte())) == Section.SUBSECTION:
+            subsection = yield from self._name()
+            version = yield from self._number(U32)
+            if version != 1:
+                raise self._wrong(f"{subsection} has version {version}, this side knows 1")
+            if subsection == "configuration/target-page-bits":
+                bits = yield from self._number(U32)
+                if bits > 63 or 1 << bits not in PAGE_SIZES:
+                    raise self._wrong(f"a page size of 2^{bits} bytes")
+                page_size = self.page_size = 1 << bits
+                content = U32.pack(bits)
+            elif subsection == "configuration/uuid":
+                content = uuid = yield from self._take(16)
+            elif subsection == "configuration/capabilities":
+                yield from self._refuse_capabilities()
+            else:
+                raise self._wrong(f"subsection {subsection!r} of the configuration is unknown")
+            raw += bytes([Section.SUBSECTION, len(subsection)]) + subsection.encode() + U32.pack(1) + content
+        yield Configuration(name.decode("ascii", "backslashreplace"), page_size, uuid, bytes(raw))
+        return kind
+
+    def _refuse_capabilities(self) -> Generator[None, None, None]:
+        count = yield from self._number(U32)
+        names = []
+        for _ in range(min(count, 8)):
+            names.append((yield from self._name()))
+        raise self._wrong(f"the source has {' and '.join(names)} on, which leave memory out: turn it off there")
+
+    def _command(self) -> _Steps:
+        number, length = yield from self._unpack(COMMAND_HEAD)
+        if 3 <= number <= 10:
+            what = "COLO" if number == 8 else f"postcopy: {_POSTCOPY}"
+            raise self._wrong(f"command {number} belongs to {what}")
+        wanted = {Command.OPEN_RETURN_PATH: 0, Command.PING: 4, Command.SWITCHOVER_START: 0}.get(number)  # type: ignore[call-overload]
+        if wanted is not None and length != wanted:
+            raise self._wrong(f"command {number} with {length} bytes of data, not {wanted}")
+        data = yield from self._take(length)
+        yield CommandReceived(number, data)
+
+    def _refuse_section(self, kind: int) -> _Steps:
+        if kind in (Section.START, Section.FULL):
+            section, name, _, _ = yield from self._section_head()
+            raise self._wrong(
+                f"section {section} ({name}) before RAM is complete: devices with live sections of their own "
+                "(VFIO, block migration, dirty bitmaps) cannot be delimited"
+            )
+        if kind == Section.EOF:
+            raise self._wrong("the source ended the stream before RAM was complete: did it fail or cancel?")
+        raise self._wrong(f"section type {kind:#04x} is not expected here")
+
+    def _section_head(self) -> Generator[None, None, tuple[int, str, int, int]]:
+        section = yield from self._number(U32)
+        name = yield from self._name()
+        instance, version = yield from self._unpack(SECTION_HEAD)
+        return section, name, instance, version
+
+    def _ram_start(self) -> Generator[Event | None, None, int]:
+        section, name, instance, version = yield from self._section_head()
+        if name != "ram" or instance:
+            raise self._wrong(f"the first section is {name!r} instance {instance}, not ram: it cannot be delimited")
+        if version != RAM_VERSION:
+            raise self._wrong(f"ram section version {version}, this side knows {RAM_VERSION}")
+        return section
+
+    def _ram_body(self, section: int, *, first: bool = False) -> _Steps:
+        """The words of one RAM section, to its EOS and footer."""
+        while True:
+            word = yield from self._number(WORD)
+            flags = word & (self.page_size - 1)
+            address = word - flags
+            if flags == RamSave.EOS:
+                break
+            if flags == RamSave.MULTIFD_FLUSH:
+                self.sync = self.sync or "round"
+                yield SyncPoint()
+            elif flags & ~RamSave.CONTINUE in (RamSave.ZERO, RamSave.PAGE):
+                if not flags & RamSave.CONTINUE:
+                    name = yield from self._name()
+                    self._block = self._blocks.get(name)
+                    if self._block is None:
+                        raise self._wrong(f"a page of RAM block {name!r}, which the source did not list")
+                yield from self._page(address, zero=bool(flags & RamSave.ZERO))
+            elif flags == RamSave.MEM_SIZE and first and not self._blocks:
+                yield from self._block_list(address)
+            else:
+                raise self._wrong(f"RAM flags {flags:#x} are unknown here")
+        if first and not self._blocks:
+            raise self._wrong("the first RAM section lists no blocks")
+        if self.sync != "round":
+            self.sync = "section"
+            yield SyncPoint()
+        kind, footer = yield from self._unpack(struct.Struct(">BI"))
+        if kind != Section.FOOTER or footer != section:
+            raise self._wrong(f"a footer of section {section} should be here, not {kind:#04x} {footer}")
+
+    def _page(self, address: int, *, zero: bool) -> _Steps:
+        block = self._block
+        if block is None:
+            raise self._wrong("a page that goes on in the block of the page before it, and there was none")
+        if not zero:
+            data = yield from self._take(self.page_size)
+            self._check(block, (address,))
+            yield PageData(block.idstr, address, data)
+            return
+        fill = yield from self._byte()
+        if fill:
+            raise self._wrong(f"a page filled with {fill:#04x}: only zero is sent this way")
+        offsets = [address]
+        # Words of one block follow each other by the thousand: read all that are here at once.
+        plain = RamSave.ZERO | RamSave.CONTINUE
+        mask = self.page_size - 1
+        ready = min((len(self._buffer) - self._position) // ZERO_WORD.size, ZERO_BATCH)
+        end = self._position + ready * ZERO_WORD.size
+        for word, fill in ZERO_WORD.iter_unpack(self._buffer[self._position : end]):
+            if fill or word & mask != plain:
+                break
+            offsets.append(word - plain)
+        self._position += (len(offsets) - 1) * ZERO_WORD.size
+        self._check(block, offsets)
+        yield ZeroPages(block.idstr, tuple(offsets))
+
+    def _check(self, block: Block, offsets: Sequence[int]) -> None:
+        # An address in a word is a multiple of the page size by its layout.
+        if max(offsets) + self.page_size > block.used_length:
+            try:
+                check_offset(block, max(offsets), self.page_size)
+            except PeerError as error:
+                raise self._wrong(str(error)) from None
+
+    def _block_list(self, total: int) -> _Steps:
+        blocks: list[Block] = []
+        while total > 0:
+            name = yield from self._name()
+            length = yield from self._number(WORD)
+            if length > total or len(blocks) == MAX_BLOCKS:
+                raise self._wrong(f"RAM block {name!r} of {length} bytes: the list does not add up to its total")
+            total -= length
+            blocks.append(Block(name, length))
+        try:
+            check_blocks(blocks, self.page_size)
+        except PeerError as error:
+            raise self._wrong(str(error)) from None
+        self._blocks = {block.idstr: block for block in blocks}
+        yield BlockList(tuple(blocks))
+
+    def _look_for_description(self, data: bytes) -> None:
+        self.description = None
+        self._tail += data
+        if len(self._tail) > 2 * MAX_DESCRIPTION:
+            del self._tail[:-MAX_DESCRIPTION]
+        if self._tail[-1:] == b"}":
+            self.description = find_description(self._tail)
+
+
+def find_description(tail: bytes | bytearray) -> dict[str, Any] | None:
+    """The VM description where `tail` ends with one: EOF, 06, length, JSON, and nothing more.
+
+    Device state has no length of its own, so this looks from the end; JSON holds no zero byte,
+    so the last `00 06` is the right one or lies inside the length.
+    """
+    head = bytes([Section.EOF, Section.VMDESCRIPTION])
+    position = len(tail)
+    for _ in range(4):
+        position = tail.rfind(head, 0, position + 1)
+        if position < 0:
+            return None
+        text = position + len(head) + U32.size
+        if text < len(tail) and text + U32.unpack_from(tail, text - U32.size)[0] == len(tail):
+            try:
+                found = json.loads(tail[text:])
+            except ValueError:
+                return None
+            return found if isinstance(found, dict) else None
+    return None
+
+
+class Writer:
+    """Makes the main channel of a source: each method returns bytes to be written in turn."""
+
+    RAM_SECTION = 1
+
+    def __init__(self, page_size: int, sync: str) -> None:
+        """`sync` is `round` or `section`: what the destination's machine type wants."""
+        self._page_size = page_size
+        self._sync = sync
+        self._block = ""
+
+    def head(self, configuration: bytes | None = None) -> bytes:
+        """File header and configuration, recorded or made for a raw image.
+
+        The made one names no machine, which every destination takes.
+        """
+        if configuration is None:
+            configuration = bytes([Section.CONFIGURATION]) + U32.pack(0)
+            if self._page_size != DEFAULT_PAGE_SIZE:
+                name = b"configuration/target-page-bits"
+                bits = self._page_size.bit_length() - 1
+                configuration += bytes([Section.SUBSECTION, len(name)]) + name + U32.pack(1) + U32.pack(bits)
+        return FILE_HEADER.pack(VM_FILE_MAGIC, VM_FILE_VERSION) + configuration
+
+    def open_return_path(self) -> bytes:
+        """Ask the destination to answer, with the ping that QEMU sends first."""
+        ping = COMMAND_HEAD.pack(Command.PING, 4) + U32.pack(1)
+        return (
+            bytes([Section.COMMAND])
+            + COMMAND_HEAD.pack(Command.OPEN_RETURN_PATH, 0)
+            + bytes([Section.COMMAND])
+            + ping
+        )
+
+    def ram_start(self, blocks: Iterable[Block]) -> bytes:
+        """The first RAM section, with its sync point."""
+        parts = [bytes([Section.START]), U32.pack(self.RAM_SECTION), b"\x03ram", SECTION_HEAD.pack(0, RAM_VERSION)]
+        blocks = list(blocks)
+        parts.append(WORD.pack(sum(block.used_length for block in blocks) | RamSave.MEM_SIZE))
+        for block in blocks:
+            name = block.idstr.encode("ascii")
+            parts += [bytes([len(name)]), name, WORD.pack(block.used_length)]
+        return b"".join(parts) + self.ram_close()
+
+    def ram_end(self) -> bytes:
+        """Opens the last RAM section; ZERO words and `ram_close` follow."""
+        return bytes([Section.END]) + U32.pack(self.RAM_SECTION)
+
+    def zero_pages(self, idstr: str, offsets: Sequence[int]) -> bytes:
+        """ZERO words for pages of one block."""
+        zero = int(RamSave.ZERO)
+        first = b""
+        if idstr != self._block:
+            self._block = idstr
+            name = idstr.encode("ascii")
+            first = WORD.pack(offsets[0] | zero) + bytes([len(name)]) + name + b"\0"
+            offsets = offsets[1:]
+        again = zero | RamSave.CONTINUE
+        return first + b"".join([ZERO_WORD.pack(offset | again, 0) for offset in offsets])
+
+    def ram_close(self) -> bytes:
+        """The sync point and the end of a RAM section."""
+        flush = WORD.pack(RamSave.MULTIFD_FLUSH) if self._sync == "round" else b""
+        return flush + WORD.pack(RamSave.EOS) + bytes([Section.FOOTER]) + U32.pack(self.RAM_SECTION)
+
+    def end(self) -> bytes:
+        """What follows RAM where there is no recorded device state: the end and a description."""
+        text = json.dumps({"page_size": self._page_size, "devices": []}).encode()
+        return bytes([Section.EOF, Section.VMDESCRIPTION]) + U32.pack(len(text)) + text
+
+
+def shut(code: int) -> bytes:
+    """The destination's last word on the return path: 0 is good."""
+    return RETURN_MESSAGE.pack(ReturnPath.SHUT, 4, code)
+
+
+def pong(value: int) -> bytes:
+    """The answer to a ping."""
+    return RETURN_MESSAGE.pack(ReturnPath.PONG, 4, value)
+
+
+class ReturnPathParser:
+    """Reads the return path; `shut` is the code of SHUT once it came."""
+
+    def __init__(self) -> None:
+        self.shut: int | None = None
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> None:
+        """Raises PeerError for a SHUT without its code."""
+        self._buffer += data
+        while len(self._buffer) >= COMMAND_HEAD.size:
+            kind, length = COMMAND_HEAD.unpack_from(self._buffer)
+            end = COMMAND_HEAD.size + length
+            if len(self._buffer) < end:
+                return
+            if kind == ReturnPath.SHUT:
+                if length != U32.size:
+                    raise PeerError(f"return path: SHUT with {length} bytes, not 4")
+                self.shut = U32.unpack_from(self._buffer, COMMAND_HEAD.size)[0]
+            del self._buffer[:end]

@@ -1,0 +1,417 @@
+"""Connections: URIs, gathering and filling, deadlines, recordings.
+
+The only module that knows sockets.  One connection is read by one thread at a time and
+written by one thread at a time; `interrupt` may come from any thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+import struct
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from multifd.errors import CallerError, HostError, PeerError, UsageError
+from multifd.wire import Buffer
+
+#: sendmsg takes at most this many buffers (Linux's UIO_MAXIOV).
+IOV_MAX = 1024
+MAIN_FILE = "main.bin"
+
+
+class Ended(PeerError):
+    """The other side closed the connection; `got` bytes of what was asked for had come."""
+
+    def __init__(self, message: str, got: int = 0) -> None:
+        super().__init__(message)
+        self.got = got
+
+
+class Lost(HostError):
+    """The other side closed the connection while we wrote to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Uri:
+    """`tcp:HOST:PORT`, `unix:PATH` or `recording:DIR`."""
+
+    scheme: str
+    path: str = ""
+    host: str = ""
+    port: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Uri:
+        """Raises UsageError with the forms there are."""
+        scheme, _, rest = text.partition(":")
+        if scheme in ("unix", "recording") and rest:
+            return cls(scheme, path=rest)
+        if scheme == "tcp":
+            host, colon, port = rest.rpartition(":")
+            if colon and port.isdecimal() and int(port) < 65536:
+                return cls("tcp", host=host.removeprefix("[").removesuffix("]"), port=int(port))
+        raise UsageError(f"{text!r} is no URI: use tcp:HOST:PORT, unix:PATH or recording:DIR")
+
+    def __str__(self) -> str:
+        if self.scheme == "tcp":
+            return f"tcp:[{self.host}]:{self.port}" if ":" in self.host else f"tcp:{self.host}:{self.port}"
+        return f"{self.scheme}:{self.path}"
+
+
+class Silence:
+    """How long all connections of one migration may be silent.
+
+    `timeout` counts only while the peer is due to do something (`awaited`: a SYNC that others
+    have reached, room in its buffers, its confirmation); `idle_timeout` counts always, None is
+    for ever.  Both are seconds without one byte on any connection.
+    """
+
+    def __init__(self, timeout: float, idle_timeout: float | None = None) -> None:
+        self.timeout = timeout
+        self.idle_timeout = idle_timeout
+        self.awaited = False
+        self.last = time.monotonic()
+
+    @property
+    def interval(self) -> float:
+        """How often a blocked thread has to look at `check`."""
+        return min(self.timeout, self.idle_timeout or self.timeout)
+
+    def touch(self) -> None:
+        """A byte moved."""
+        self.last = time.monotonic()
+
+    def check(self, doing: str, awaited: bool) -> None:
+        """Raises PeerError where the silence has lasted too long."""
+        silent = time.monotonic() - self.last
+        # The kernel's timer may fire a little early.
+        if awaited and silent >= self.timeout * 0.99:
+            raise PeerError(f"{doing}: nothing moved for {self.timeout:g} s (--timeout)")
+        if self.idle_timeout is not None and silent >= self.idle_timeout * 0.99:
+            raise PeerError(f"{doing}: nothing came for {self.idle_timeout:g} s (--idle-timeout)")
+
+
+class Connection(Protocol):
+    """A stream of bytes with one peer: a socket, or a recorded file that is only read."""
+
+    name: str
+    bytes_read: int
+    bytes_written: int
+
+    def read_first(self, view: memoryview, deadline: float) -> int:
+        """Fill `view` before `deadline` (monotonic); how many bytes came before the end."""
+
+    def read_into(self, view: memoryview, *, due: bool = False) -> None:
+        """Fill `view`; `due` where the peer has begun something and has to go on.
+
+        Raises Ended where the stream ends first.
+        """
+
+    def read_some(self, limit: int, *, due: bool = False) -> bytes:
+        """At least one byte, at most `limit`; empty at the end of the stream."""
+
+    def write(self, buffers: Sequence[Buffer]) -> None:
+        """Write all of the buffers, gathered.  Raises Lost where the other side closed."""
+
+    def interrupt(self, *, reading_only: bool = False) -> None:
+        """Wake whoever is blocked here, for good: reads then end, writes fail."""
+
+    def close(self) -> None:
+        """Safe to call twice."""
+
+
+class SocketConnection:
+    """A connected socket.  Blocks in the kernel, which wakes it to look at the silence."""
+
+    def __init__(self, sock: socket.socket, name: str, silence: Silence) -> None:
+        self.name = name
+        self.bytes_read = 0
+        self.bytes_written = 0
+        self._socket = sock
+        self._silence = silence
+        sock.settimeout(None)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            # A host that vanished: data not acknowledged for this long ends the connection.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, int(silence.timeout * 1000)))
+        # Not settimeout(): that polls before each call and forgoes MSG_WAITALL.
+        seconds, fraction = divmod(silence.interval, 1)
+        interval = struct.pack("@ll", int(seconds), max(1000, int(fraction * 1e6)))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
+
+    def read_into(self, view: memoryview, *, due: bool = False) -> None:
+        wanted = len(view)
+        while view:
+            count = self._receive(view, socket.MSG_WAITALL, due or len(view) < wanted)
+            if count == 0:
+                got = wanted - len(view)
+                raise Ended(f"the connection ended after {got} of {wanted} bytes", got)
+            view = view[count:]
+
+    def read_some(self, limit: int, *, due: bool = False) -> bytes:
+        buffer = bytearray(limit)
+        return bytes(memoryview(buffer)[: self._receive(memoryview(buffer), 0, due)])
+
+    def _receive(self, view: memoryview, flags: int, due: bool) -> int:
+        while True:
+            try:
+                count = self._socket.recv_into(view, len(view), flags)
+            except BlockingIOError:
+                self._silence.check("waiting for data", due or self._silence.awaited)
+                continue
+            except ConnectionError:
+                count = 0  # a reset ends the stream as a close does; what is missing then tells
+            except OSError as error:
+                raise HostError(f"{self.name}: {error.strerror}") from error
+            self.bytes_read += count
+            self._silence.touch()
+            return count
+
+    def write(self, buffers: Sequence[Buffer]) -> None:
+        pending = [memoryview(buffer) for buffer in buffers]
+        while pending:
+            count = self._send(pending[:IOV_MAX])
+            while pending and count >= len(pending[0]):
+                count -= len(pending.pop(0))
+            if count:
+                pending[0] = pending[0][count:]
+
+    def _send(self, buffers: list[memoryview]) -> int:
+        while True:
+            try:
+                count = self._socket.sendmsg(buffers, (), socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                self._silence.check("the other side does not read", awaited=True)
+                continue
+            except OSError as error:
+                if isinstance(error, ConnectionError) or error.errno == errno.ETIMEDOUT:
+                    raise Lost("the other side closed the connection") from error
+                raise HostError(f"{self.name}: {error.strerror}") from error
+            self.bytes_written += count
+            self._silence.touch()
+            return count
+
+    def read_first(self, view: memoryview, deadline: float) -> int:
+        got = 0
+        try:
+            while got < len(view):
+                self._socket.settimeout(max(0.001, deadline - time.monotonic()))
+                count = self._socket.recv_into(view[got:])
+                if not count:
+                    break
+                got += count
+        except TimeoutError:
+            raise PeerError(f"{self.name} sent {got} bytes and then nothing: is it a migration?") from None
+        except ConnectionError:
+            return got
+        except OSError as error:
+            raise HostError(f"{self.name}: {error.strerror}") from error
+        finally:
+            with suppress(OSError):
+                self._socket.settimeout(None)
+        self.bytes_read += got
+        self._silence.touch()
+        return got
+
+    def interrupt(self, *, reading_only: bool = False) -> None:
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RD if reading_only else socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Listener:
+    """A listening socket.  Raises CallerError where the address cannot be taken."""
+
+    def __init__(self, uri: Uri) -> None:
+        self._path = ""
+        try:
+            if uri.scheme == "unix":
+                _remove_dead_socket(uri.path)
+                self._socket = socket.socket(socket.AF_UNIX)
+                self._socket.bind(uri.path)
+                self._path = uri.path
+                self.uri = uri
+            else:
+                found = socket.getaddrinfo(
+                    uri.host or None, uri.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+                )
+                family, _, _, _, address = found[0]
+                self._socket = socket.socket(family)
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                self._socket.bind(address)
+                host, port = self._socket.getsockname()[:2]
+                self.uri = Uri("tcp", host=host, port=port)
+            self._socket.listen(256)
+        except OSError as error:
+            self.close()
+            raise CallerError(f"cannot listen on {uri}: {error.strerror}") from error
+
+    def accept(self, silence: Silence) -> SocketConnection | None:
+        """The next connection; None once the listener is closed."""
+        while True:
+            try:
+                sock, address = self._socket.accept()
+            except ConnectionAbortedError:
+                continue
+            except OSError:
+                return None
+            peer = f"the connection from {address[0]}:{address[1]}" if isinstance(address, tuple) else "a connection"
+            return SocketConnection(sock, peer, silence)
+
+    def interrupt(self) -> None:
+        """Wake a blocked `accept`, for good."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Safe to call twice; removes a Unix socket's file."""
+        if hasattr(self, "_socket"):
+            self._socket.close()
+        if self._path:
+            with suppress(OSError):
+                os.unlink(self._path)
+            self._path = ""
+
+
+def _remove_dead_socket(path: str) -> None:
+    """A socket file that nobody listens on is left over from a process that died."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(path)
+    except ConnectionRefusedError:
+        os.unlink(path)
+    except OSError:
+        return
+
+
+def connect(uri: Uri, silence: Silence) -> SocketConnection:
+    """Connect within `silence.timeout` seconds.  Raises HostError."""
+    error: OSError | None = None
+    try:
+        if uri.scheme == "unix":
+            found = [(socket.AF_UNIX, uri.path)]
+        else:
+            infos = socket.getaddrinfo(uri.host or "localhost", uri.port, type=socket.SOCK_STREAM)
+            found = [(info[0], info[4]) for info in infos]  # type: ignore[misc]
+        deadline = time.monotonic() + silence.timeout
+        for family, address in found:
+            sock = socket.socket(family)
+            try:
+                sock.settimeout(max(0.001, deadline - time.monotonic()))
+                sock.connect(address)
+                return SocketConnection(sock, str(uri), silence)
+            except OSError as failed:
+                error = failed
+                sock.close()
+    except OSError as failed:
+        error = failed
+    if isinstance(error, TimeoutError):
+        raise HostError(f"{uri} does not answer within {silence.timeout:g} s (--timeout)") from error
+    refused = isinstance(error, (ConnectionRefusedError, FileNotFoundError))
+    hint = ": is the destination listening there?" if refused else ""
+    raise HostError(f"cannot connect to {uri}: {error.strerror if error else 'no address'}{hint}") from error
+
+
+class RecordedConnection:
+    """One connection's bytes from a file, plain or compressed with zstd; writes go nowhere."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = path.name
+        self.bytes_read = 0
+        self.bytes_written = 0
+        self._file = _open_recorded(path)
+
+    def read_first(self, view: memoryview, deadline: float) -> int:
+        try:
+            self.read_into(view)
+        except Ended as ended:
+            return ended.got
+        return len(view)
+
+    def read_into(self, view: memoryview, *, due: bool = False) -> None:
+        got = 0
+        while got < len(view):
+            data = self._read(len(view) - got)
+            if not data:
+                raise Ended(f"the recording ends after {got} of {len(view)} bytes", got)
+            view[got : got + len(data)] = data
+            got += len(data)
+
+    def read_some(self, limit: int, *, due: bool = False) -> bytes:
+        return self._read(limit)
+
+    def _read(self, limit: int) -> bytes:
+        try:
+            data = self._file.read(limit)
+        except Exception as error:  # zstandard and compression.zstd each have their own
+            raise HostError(f"{self.name} cannot be read: {error}") from error
+        self.bytes_read += len(data)
+        return data
+
+    def write(self, buffers: Sequence[Buffer]) -> None:
+        self.bytes_written += sum(map(len, buffers))
+
+    def interrupt(self, *, reading_only: bool = False) -> None:
+        """Nobody blocks here."""
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _open_recorded(path: Path) -> BinaryIO:
+    try:
+        file = open(path, "rb")  # noqa: SIM115 - the connection closes it
+    except OSError as error:
+        raise CallerError(f"{path}: {error.strerror}") from error
+    if path.suffix != ".zst":
+        return file
+    try:
+        try:
+            from compression.zstd import ZstdFile  # Python 3.14
+        except ImportError:
+            import zstandard
+
+            reader: BinaryIO = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True, closefd=True)
+            return reader
+        opened: BinaryIO = ZstdFile(file)
+        return opened
+    except ImportError:
+        file.close()
+        raise HostError(f"{path} is compressed with zstd: pip install zstandard, or unpack it with `zstd -d`") from None
+
+
+def open_recording(directory: str) -> tuple[RecordedConnection, list[RecordedConnection]]:
+    """The main channel and the multifd channels of a recording, `main.bin` and `chK.bin`.
+
+    Each may be plain or `.zst`.  Raises CallerError where main or a channel is missing.
+    """
+    folder = Path(directory)
+    main = _recorded_path(folder, MAIN_FILE)
+    if main is None:
+        raise CallerError(f"{folder} holds no {MAIN_FILE} or {MAIN_FILE}.zst: it is not a recording")
+    paths = []
+    while (path := _recorded_path(folder, f"ch{len(paths)}.bin")) is not None:
+        paths.append(path)
+    if not paths:
+        raise CallerError(f"{folder} holds no ch0.bin or ch0.bin.zst: it is not a recording of a multifd migration")
+    return RecordedConnection(main), [RecordedConnection(path) for path in paths]
+
+
+def _recorded_path(folder: Path, name: str) -> Path | None:
+    for path in (folder / name, folder / (name + ".zst")):
+        if path.exists():
+            return path
+    return None

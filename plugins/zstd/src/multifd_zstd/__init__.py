@@ -1,0 +1,176 @@
+"""The compressor "zstd": one frame per channel, a block flushed at the end of each packet.
+
+QEMU feeds the library page by page; this takes a whole packet per call.  Level 0 is the
+library's default; negative levels are faster than 1.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from multifd.errors import CompressorError
+from multifd.flags import MAX_PAYLOAD, METHODS
+from multifd.hookspecs import Channel, Facts, Probe, hookimpl
+from multifd.wire import Buffer
+
+try:
+    import zstandard
+except ImportError as error:
+    zstandard = None  # type: ignore[assignment]
+    _WHY_NOT = str(error)
+
+__version__ = "0.1.0"
+
+#: The largest window a decoder of QEMU takes, and what level 20 may ask for.
+MAX_WINDOW = 1 << 27
+FRAME_MAGIC = 0xFD2FB528
+
+#: Settings that make less of real memory in the same time than the level's own.
+TUNED: dict[int, dict[str, int]] = {}
+
+
+@hookimpl
+def multifd_compressor() -> Facts:
+    return Facts("zstd", "zstd", METHODS["zstd"], "Zstandard, levels 1-20 and negative", range(-131072, 21), 1)
+
+
+@hookimpl
+def multifd_probe() -> Probe:
+    if zstandard is None:
+        return Probe(False, reason=_WHY_NOT, install="pip install zstandard")
+    version = ".".join(map(str, zstandard.ZSTD_VERSION))
+    return Probe(True, "libzstd (zstandard)", f"{version} ({zstandard.__version__})")
+
+
+@hookimpl
+def multifd_send_setup(channel: Channel) -> None:
+    level = 1 if channel.level is None else channel.level
+    parameters = zstandard.ZstdCompressionParameters.from_level(
+        level, write_content_size=False, write_checksum=False, **TUNED.get(level, {})
+    )
+    channel.compress_data = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+
+
+@hookimpl
+def multifd_send_prepare(channel: Channel, pages: Sequence[memoryview]) -> Sequence[Buffer]:
+    stream: Any = channel.compress_data
+    # One call per packet: each gives up the interpreter and has to win it back.
+    data = pages[0] if len(pages) == 1 else b"".join(pages)
+    return [stream.compress(data), stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)]
+
+
+@hookimpl
+def multifd_send_cleanup(channel: Channel) -> None:
+    channel.compress_data = None
+
+
+class _PayloadUsedUp(Exception):
+    """The reader asks for more than the packet has."""
+
+
+@dataclass(slots=True)
+class _Payload:
+    """One packet's payload, as a file for the stream reader; raises at its end.
+
+    An empty read would mean the end of the stream, for good.
+    """
+
+    data: memoryview | None = None
+
+    def read(self, _: int = -1) -> memoryview:
+        data, self.data = self.data, None
+        if data is None:
+            raise _PayloadUsedUp
+        return data
+
+
+@dataclass(slots=True)
+class _Blocks:
+    """Walks frames and blocks by their headers, to see that each payload ends with a block.
+
+    The library keeps what follows the last whole block for the next call, and would mix it with
+    the next packet.
+    """
+
+    in_frame: bool = False
+    checksum: bool = False
+
+    def walk(self, payload: memoryview) -> None:
+        """Raises CompressorError where a payload is not whole blocks."""
+        position = 0
+        try:
+            while position < len(payload):
+                position = self._block(payload, position) if self.in_frame else self._frame(payload, position)
+        except (struct.error, IndexError):
+            position = len(payload) + 1
+        if position != len(payload):
+            raise CompressorError(f"the payload of {len(payload)} bytes does not end with a block: bytes are left over")
+
+    def _frame(self, payload: memoryview, position: int) -> int:
+        magic, descriptor = struct.unpack_from("<IB", payload, position)
+        if magic != FRAME_MAGIC:
+            raise CompressorError(f"the payload is not zstd's: magic {magic:#010x} instead of {FRAME_MAGIC:#010x}")
+        single = descriptor >> 5 & 1
+        self.in_frame, self.checksum = True, bool(descriptor & 4)
+        content_size = (single, 2, 4, 8)[descriptor >> 6]
+        return position + 5 + (not single) + (0, 1, 2, 4)[descriptor & 3] + content_size
+
+    def _block(self, payload: memoryview, position: int) -> int:
+        header = payload[position] | payload[position + 1] << 8 | payload[position + 2] << 16
+        run_length = header >> 1 & 3 == 1
+        position += 3 + (1 if run_length else header >> 3)
+        if header & 1:
+            self.in_frame = False
+            position += 4 * self.checksum
+        return position
+
+
+@dataclass(slots=True)
+class _Decoder:
+    source: _Payload
+    reader: Any
+    blocks: _Blocks = field(default_factory=_Blocks)
+    payload: memoryview = field(default_factory=lambda: memoryview(bytearray(MAX_PAYLOAD)))
+
+
+@hookimpl
+def multifd_recv_setup(channel: Channel) -> None:
+    source = _Payload()
+    # Decodes straight into the pages and stops when they are full, so that a bomb costs nothing.
+    decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
+    channel.compress_data = _Decoder(source, decompressor.stream_reader(source, read_across_frames=True))
+
+
+@hookimpl
+def multifd_recv(channel: Channel, pages: memoryview) -> None:
+    decoder: _Decoder = channel.compress_data
+    payload = decoder.payload[: channel.next_packet_size]
+    channel.read_into(payload)
+    decoder.blocks.walk(payload)
+    decoder.source.data = payload
+    try:
+        decoder.reader.readinto(pages)
+    except _PayloadUsedUp:
+        raise CompressorError(
+            f"the payload of {len(payload)} bytes decodes to less than its {len(pages)} bytes of pages"
+        ) from None
+    except zstandard.ZstdError as error:
+        raise CompressorError(f"the payload is not zstd's: {error}") from error
+    try:
+        more = decoder.reader.read(1)
+    except _PayloadUsedUp:
+        return
+    except zstandard.ZstdError as error:
+        raise CompressorError(f"the payload is damaged after its pages: {error}") from error
+    raise CompressorError(
+        f"the payload of {len(payload)} bytes holds more than its {len(pages)} bytes of pages"
+        + ("" if more else ": the stream ended")
+    )
+
+
+@hookimpl
+def multifd_recv_cleanup(channel: Channel) -> None:
+    channel.compress_data = None
