@@ -6,6 +6,7 @@ A thin layer: each command calls one function of the library, imported when it i
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import signal
@@ -32,6 +33,7 @@ def main(argv: Sequence[str]) -> int:
     warnings.showwarning = _show_warning
     warnings.simplefilter("always", RuntimeWarning)
     signal.signal(signal.SIGTERM, _terminate)
+    gc.freeze()  # what was imported lives to the end: do not look through it again and again
     try:
         code: int = arguments.run(arguments)
         sys.stdout.flush()

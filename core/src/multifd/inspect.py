@@ -10,12 +10,12 @@ from typing import Any
 from uuid import UUID
 
 from multifd.errors import CallerError, MultifdError, PeerError
-from multifd.flags import PACKET_SIZE, PacketFlag, method_name
+from multifd.flags import PACKET_SIZE, method_name
 from multifd.ram import check_packet
 from multifd.snapshot import INDEX, open_source
 from multifd.stream import BlockList, Configuration, DeviceState, PageData, Parser, SyncPoint, ZeroPages
 from multifd.transport import Connection, Ended, open_recording
-from multifd.wire import INIT, PREFIX, InitPacket, RamPacket, header_length, unpack_flags
+from multifd.wire import INIT, PREFIX, InitPacket, RamPacket, header_length, is_device_state
 
 READ = 256 * 1024
 
@@ -173,7 +173,7 @@ def _channel(connection: Connection, parser: Parser, head: dict[str, Any]) -> _T
         while True:
             try:
                 connection.read_into(header[: PREFIX.size])
-                if unpack_flags(header[: PREFIX.size]) & PacketFlag.DEVICE_STATE:
+                if is_device_state(header[: PREFIX.size]):
                     raise PeerError("a device-state packet (VFIO), which is not looked into")
                 connection.read_into(header[PREFIX.size :])
             except Ended:

@@ -15,7 +15,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -204,15 +204,16 @@ def _open_block(block: Block, path: Path, cleanup: ExitStack) -> SourceFile:
     return SourceFile(block, str(path), fd)
 
 
-def _batches(file: SourceFile) -> Iterator[Batch]:
-    """All of a block in packets; what lies wholly in a hole of its file need not be read."""
-    length = file.block.used_length
-    data = -1
-    for offset in range(0, length, PACKET_SIZE):
-        if data <= offset:
-            data = _next_data(file.fd, offset, length)
-        size = min(PACKET_SIZE, length - offset)
-        yield Batch(file, offset, size, hole=data >= offset + size)
+def _batches(files: list[SourceFile], *, read_holes: bool) -> Iterator[Batch]:
+    """All blocks in packets; what lies wholly in a hole of its file need not be read."""
+    for file in files:
+        length = file.block.used_length
+        data = -1
+        for offset in range(0, length, PACKET_SIZE):
+            if data <= offset:
+                data = _next_data(file.fd, offset, length)
+            size = min(PACKET_SIZE, length - offset)
+            yield Batch(file, offset, size, hole=data >= offset + size and not read_holes)
 
 
 def _next_data(fd: int, offset: int, length: int) -> int:
@@ -232,22 +233,12 @@ def _send_all(
     source: Source, files: list[SourceFile], main: Connection, writer: Writer, engine: SendChannels, zero_pages: str
 ) -> None:
     main.write([writer.ram_start(file.block for file in files)])
-    engine.sync()
+    engine.epoch((), on_zeros=_no_zeros)
     main.write([writer.ram_end()])
-
-    def write_zeros() -> None:
-        words = [writer.zero_pages(idstr, offsets) for idstr, offsets in engine.take_zeros()]
-        if words:
-            main.write(words)
-
-    for file in files:
-        for batch in _batches(file):
-            if batch.hole and zero_pages == "none":
-                batch = Batch(file, batch.offset, batch.length)
-            engine.submit(batch)
-            write_zeros()
-    engine.sync()
-    write_zeros()
+    engine.epoch(
+        _batches(files, read_holes=zero_pages == "none"),
+        on_zeros=lambda idstr, offsets: main.write([writer.zero_pages(idstr, offsets)]),
+    )
     main.write([writer.ram_close()])
     if source.device_state is None:
         main.write([writer.end()])
@@ -258,6 +249,10 @@ def _send_all(
                 main.write([data])
     except OSError as error:
         raise CallerError(f"{source.device_state}: {error.strerror}") from error
+
+
+def _no_zeros(idstr: str, offsets: Sequence[int]) -> None:
+    raise AssertionError(f"{idstr} has pages in an epoch without batches: {offsets}")
 
 
 class _Refused(PeerError):

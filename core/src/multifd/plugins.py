@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -54,6 +55,7 @@ class Spec:
         return cls(name, settings)
 
 
+@cache
 def _entry_points() -> dict[str, list[metadata.EntryPoint]]:
     found: dict[str, list[metadata.EntryPoint]] = {}
     for entry in metadata.entry_points(group=ENTRY_POINT_GROUP):

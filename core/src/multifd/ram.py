@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -82,19 +83,43 @@ def runs(offsets: Sequence[int], page_size: int) -> list[tuple[int, int]]:
     return found
 
 
-def zero_indexes(pages: bytearray, count: int, page_size: int) -> list[int]:
-    """Which of the first `count` pages in `pages` are all zero.
+def packet_buffer() -> mmap.mmap:
+    """Memory for one packet's pages, aligned to a page.
 
-    The first word of each page sorts out most of the others; slices are compared because
-    comparing views goes item by item.
+    The kernel copies between files, sockets and a buffer that is 16 bytes off, as a bytearray
+    is, at a third of the speed (measured: 220 against 62 us for 512 KiB on an AMD EPYC).
+    """
+    return mmap.mmap(-1, PACKET_SIZE)
+
+
+def zero_indexes(pages: mmap.mmap, count: int, page_size: int) -> list[int]:
+    """Which of the first `count` pages in `pages` are all zero, in rising order.
+
+    The first word of each page sorts out most of the others.  The rest is compared as slices:
+    views compare item by item.
     """
     words = memoryview(pages).cast("Q")[: count * page_size // 8 : page_size // 8].tolist()
+    if all(words):
+        return []
     zero = ZEROS[:page_size]
     return [
         index
         for index, word in enumerate(words)
         if not word and pages[index * page_size : (index + 1) * page_size] == zero
     ]
+
+
+def without(indexes: Sequence[int], count: int) -> list[tuple[int, int]]:
+    """Runs (first, end) of what is left of range(count) without some indexes in rising order."""
+    left = []
+    start = 0
+    for index in indexes:
+        if index != start:
+            left.append((start, index))
+        start = index + 1
+    if start != count:
+        left.append((start, count))
+    return left
 
 
 class Arrivals:

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from multifd.errors import MultifdError, PeerError
-from multifd.flags import MAX_PAYLOAD, PACKET_SIZE, PacketFlag, method_name
+from multifd.flags import MAX_PAYLOAD, method_name
 from multifd.hookspecs import Channel
 from multifd.plugins import Compressor, Settings, Spec, select, select_for_flag
-from multifd.ram import Block, check_packet, runs
+from multifd.ram import Block, check_packet, packet_buffer, runs
 from multifd.transport import Connection, Ended, Silence
-from multifd.wire import PREFIX, InitPacket, RamPacket, header_length, unpack_flags
+from multifd.wire import PREFIX, InitPacket, RamPacket, header_length, is_device_state
 
 
 class PageStore(Protocol):
@@ -260,12 +260,11 @@ class RecvChannels:
         size = memory.page_size
         header = bytearray(header_length(size))
         head = memoryview(header)
-        pages = memoryview(bytearray(PACKET_SIZE))
+        pages = memoryview(packet_buffer())
         while True:
             try:
                 channel.connection.read_into(head[: PREFIX.size])
-                flags = unpack_flags(head[: PREFIX.size])
-                if flags & PacketFlag.DEVICE_STATE:
+                if is_device_state(head[: PREFIX.size]):
                     raise PeerError("a device-state packet: state of VFIO devices cannot be taken, detach them")
                 channel.connection.read_into(head[PREFIX.size :], due=True)
             except Ended as ended:

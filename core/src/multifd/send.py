@@ -1,25 +1,25 @@
 """The sending channels: one thread each, which takes batches of pages and writes packets.
 
-The way of a page: `submit` hands a batch (offsets only) to whichever channel is idle; that
-channel's thread reads the pages into its own buffer, parts zero pages from normal ones, lets the
-compressor make the payload of the runs, and writes header and payload with one call.
-`sync` returns when every channel has written all of its packets and a SYNC.
+The way of a page: the thread of whichever channel is idle takes the next batch (offsets only),
+reads its pages into a buffer of its own, parts zero pages from normal ones, lets the compressor
+make the payload of the runs, and writes header and payload with one call.  `epoch` returns when
+every channel has written all of its packets and a SYNC.
 """
 
 from __future__ import annotations
 
 import itertools
+import mmap
 import os
 import threading
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from multifd.errors import CompressorError, HostError, MultifdError
-from multifd.flags import MAX_PAYLOAD, PACKET_SIZE
+from multifd.flags import MAX_PAYLOAD
 from multifd.hookspecs import Channel
 from multifd.plugins import Compressor, Settings
-from multifd.ram import Block, runs, zero_indexes
+from multifd.ram import Block, packet_buffer, without, zero_indexes
 from multifd.transport import Connection
 from multifd.wire import Buffer, RamPacket
 
@@ -37,7 +37,7 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Up to PACKET_SIZE bytes of one block; a `hole` is known to be zero and is not read."""
+    """Up to one packet of one block; a `hole` is known to be zero and is not read."""
 
     source: SourceFile
     offset: int
@@ -52,18 +52,22 @@ class _SendChannel:
     id: int
     connection: Connection
     view: Channel
-    buffer: bytearray = field(default_factory=lambda: bytearray(PACKET_SIZE))
+    buffer: mmap.mmap = field(default_factory=packet_buffer)
+    pages: memoryview = field(init=False)
     synced: int = 0
     packets: int = 0
     normal_pages: int = 0
     zero_pages: int = 0
 
+    def __post_init__(self) -> None:
+        self.pages = memoryview(self.buffer).toreadonly()
+
 
 class SendChannels:
     """All sending channels of one migration.
 
-    `zero_pages` says where zero pages go: `multifd` in the packets, `legacy` to `take_zeros`
-    for the main channel, `none` as normal pages.
+    `zero_pages` says where zero pages go: `multifd` in the packets, `legacy` to the main
+    channel, `none` as normal pages.
     """
 
     def __init__(
@@ -82,11 +86,12 @@ class SendChannels:
             for number, connection in enumerate(connections)
         ]
         self._packet_num = itertools.count()
-        self._zeros: deque[tuple[str, Sequence[int]]] = deque()
+        self._next_batch = threading.Lock()
+        self._batches: Iterator[Batch] = iter(())  # guarded by _next_batch
         self._changed = threading.Condition()
-        # Guarded by the condition:
-        self._work: deque[Batch] = deque()
-        self._syncs = 0
+        # Guarded by _changed:
+        self._zeros: list[tuple[str, Sequence[int]]] = []
+        self._epoch = 0
         self._over = False
         self._failure: BaseException | None = None
         self._threads = [
@@ -106,30 +111,27 @@ class SendChannels:
             sum(channel.zero_pages for channel in channels),
         )
 
-    def submit(self, batch: Batch) -> None:
-        """Hand a batch to the next idle channel; waits while all are busy.  Raises its error."""
-        with self._changed:
-            self._changed.wait_for(lambda: len(self._work) < len(self._channels) or self._over)
-            self._raise_failure()
-            self._work.append(batch)
-            self._changed.notify_all()
+    def epoch(self, batches: Iterable[Batch], on_zeros: Callable[[str, Sequence[int]], None]) -> None:
+        """Send all batches and one SYNC per channel; returns when all of it is written.
 
-    def sync(self) -> None:
-        """Wait until all batches and one SYNC per channel are written.  Raises their error."""
+        `on_zeros` is called in this thread, for the main channel, with (idstr, offsets) of zero
+        pages that go there.  Raises the first error of any channel.
+        """
+        with self._next_batch:
+            self._batches = iter(batches)
         with self._changed:
-            self._syncs += 1
+            self._epoch += 1
             self._changed.notify_all()
-            self._changed.wait_for(
-                lambda: self._over or all(channel.synced == self._syncs for channel in self._channels)
-            )
-            self._raise_failure()
-
-    def take_zeros(self) -> list[tuple[str, Sequence[int]]]:
-        """Zero pages found since the last call, for the main channel: (idstr, offsets)."""
-        found = []
-        while self._zeros:
-            found.append(self._zeros.popleft())
-        return found
+        done = False
+        while not done:
+            with self._changed:
+                self._changed.wait_for(lambda: self._zeros or self._over or self._all_synced())
+                if self._failure is not None:
+                    raise self._failure
+                done = self._all_synced()
+                zeros, self._zeros = self._zeros, []
+            for idstr, offsets in zeros:
+                on_zeros(idstr, offsets)
 
     def stop(self) -> None:
         """Wake the threads wherever they are, wait for them to end; the channels are then dead."""
@@ -142,7 +144,7 @@ class SendChannels:
             thread.join()
 
     def _fail(self, error: BaseException) -> None:
-        """The first error is the one that `submit` and `sync` raise."""
+        """The first error is the one that `epoch` raises."""
         with self._changed:
             if not self._over:
                 self._failure = error
@@ -151,19 +153,17 @@ class SendChannels:
         for channel in self._channels:
             channel.connection.interrupt()
 
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
+    def _all_synced(self) -> bool:
+        return all(channel.synced == self._epoch for channel in self._channels)
 
     def _run(self, channel: _SendChannel) -> None:
         try:
             with self._compressor.guard("multifd_send_setup"):
                 self._compressor.hook.multifd_send_setup(channel=channel.view)
-            while (batch := self._next(channel)) is not None:
-                if isinstance(batch, Batch):
+            while self._wait_for_epoch(channel):
+                while (batch := self._take()) is not None:
                     self._send(channel, batch)
-                else:
-                    self._send_sync(channel)
+                self._send_sync(channel)
         except MultifdError as error:
             self._fail(error.at(f"channel {channel.id}"))
         except BaseException as error:
@@ -171,18 +171,15 @@ class SendChannels:
         finally:
             self._compressor.cleanup("send", channel.view)
 
-    def _next(self, channel: _SendChannel) -> Batch | int | None:
-        """A batch; the number of a SYNC that is due; None at the end."""
+    def _wait_for_epoch(self, channel: _SendChannel) -> bool:
+        """Wait until there is something to send; False at the end."""
         with self._changed:
-            while not self._over:
-                if self._work:
-                    batch = self._work.popleft()
-                    self._changed.notify_all()
-                    return batch
-                if channel.synced < self._syncs:
-                    return self._syncs
-                self._changed.wait()
-            return None
+            self._changed.wait_for(lambda: channel.synced < self._epoch or self._over)
+            return not self._over
+
+    def _take(self) -> Batch | None:
+        with self._next_batch:
+            return None if self._over else next(self._batches, None)
 
     def _send_sync(self, channel: _SendChannel) -> None:
         header = RamPacket(sync=True, packet_num=next(self._packet_num)).pack(self._page_size)
@@ -194,28 +191,28 @@ class SendChannels:
 
     def _send(self, channel: _SendChannel, batch: Batch) -> None:
         size = self._page_size
-        first = batch.offset
-        offsets = range(first, first + batch.length, size)
-        normal: Sequence[int] = offsets
-        zero: Sequence[int] = ()
+        offsets = range(batch.offset, batch.offset + batch.length, size)
+        count = len(offsets)
+        indexes: Sequence[int] = ()
         if batch.hole:
-            normal, zero = (), offsets
+            indexes = range(count)
         else:
             _read(batch, channel.buffer)
             if self._zero_pages != "none":
-                indexes = zero_indexes(channel.buffer, len(offsets), size)
-                if indexes:
-                    zero = [offsets[index] for index in indexes]
-                    empty = set(zero)
-                    normal = [offset for offset in offsets if offset not in empty]
-        channel.normal_pages += len(normal)
-        channel.zero_pages += len(zero)
+                indexes = zero_indexes(channel.buffer, count, size)
+        channel.normal_pages += count - len(indexes)
+        channel.zero_pages += len(indexes)
+        zero = [batch.offset + index * size for index in indexes]
         if zero and self._zero_pages == "legacy":
-            self._zeros.append((batch.source.block.idstr, zero))
-            zero = ()
-        if not normal and not zero:
+            with self._changed:
+                self._zeros.append((batch.source.block.idstr, zero))
+                self._changed.notify_all()
+            zero = []
+        runs = without(indexes, count)
+        if not runs and not zero:
             return
-        payload = self._payload(channel, normal, first) if normal else ()
+        payload = self._payload(channel, runs) if runs else ()
+        normal = [offset for first, end in runs for offset in offsets[first:end]]
         header = RamPacket(
             method=self._compressor.facts.flag,
             packet_num=next(self._packet_num),
@@ -227,9 +224,9 @@ class SendChannels:
         channel.connection.write([header, *payload])
         channel.packets += 1
 
-    def _payload(self, channel: _SendChannel, normal: Sequence[int], first: int) -> Sequence[Buffer]:
-        whole = memoryview(channel.buffer).toreadonly()
-        pages = [whole[start - first : start - first + length] for start, length in runs(normal, self._page_size)]
+    def _payload(self, channel: _SendChannel, runs: Sequence[tuple[int, int]]) -> Sequence[Buffer]:
+        size = self._page_size
+        pages = [channel.pages[first * size : end * size] for first, end in runs]
         with self._compressor.guard("multifd_send_prepare"):
             payload: Sequence[Buffer] = self._compressor.hook.multifd_send_prepare(channel=channel.view, pages=pages)
             length = sum(map(len, payload))
@@ -241,7 +238,7 @@ class SendChannels:
         return payload
 
 
-def _read(batch: Batch, buffer: bytearray) -> None:
+def _read(batch: Batch, buffer: mmap.mmap) -> None:
     """Read, not map: a mapped file that shrinks or fails kills the process with SIGBUS."""
     view = memoryview(buffer)[: batch.length]
     source = batch.source

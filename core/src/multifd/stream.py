@@ -38,6 +38,14 @@ SECTION_HEAD = struct.Struct(">II")
 COMMAND_HEAD = struct.Struct(">HH")
 RETURN_MESSAGE = struct.Struct(">HHI")
 
+# Plain numbers: arithmetic with an IntFlag makes a member of every result, for words of a peer.
+ZERO = RamSave.ZERO.value
+PAGE = RamSave.PAGE.value
+CONTINUE = RamSave.CONTINUE.value
+MEM_SIZE = RamSave.MEM_SIZE.value
+EOS = RamSave.EOS.value
+FLUSH = RamSave.MULTIFD_FLUSH.value
+
 MAX_MACHINE_NAME = 256
 MAX_BLOCKS = 4096
 #: A description longer than this is not looked for (QEMU's are some 10 KiB to a few 100 KiB).
@@ -324,19 +332,19 @@ class Parser:
             word = yield from self._number(WORD)
             flags = word & (self.page_size - 1)
             address = word - flags
-            if flags == RamSave.EOS:
+            if flags == EOS:
                 break
-            if flags == RamSave.MULTIFD_FLUSH:
+            if flags == FLUSH:
                 self.sync = self.sync or "round"
                 yield SyncPoint()
-            elif flags & ~RamSave.CONTINUE in (RamSave.ZERO, RamSave.PAGE):
-                if not flags & RamSave.CONTINUE:
+            elif flags & ~CONTINUE in (ZERO, PAGE):
+                if not flags & CONTINUE:
                     name = yield from self._name()
                     self._block = self._blocks.get(name)
                     if self._block is None:
                         raise self._wrong(f"a page of RAM block {name!r}, which the source did not list")
-                yield from self._page(address, zero=bool(flags & RamSave.ZERO))
-            elif flags == RamSave.MEM_SIZE and first and not self._blocks:
+                yield from self._page(address, zero=bool(flags & ZERO))
+            elif flags == MEM_SIZE and first and not self._blocks:
                 yield from self._block_list(address)
             else:
                 raise self._wrong(f"RAM flags {flags:#x} are unknown here")
@@ -363,7 +371,7 @@ class Parser:
             raise self._wrong(f"a page filled with {fill:#04x}: only zero is sent this way")
         offsets = [address]
         # Words of one block follow each other by the thousand: read all that are here at once.
-        plain = RamSave.ZERO | RamSave.CONTINUE
+        plain = ZERO | CONTINUE
         mask = self.page_size - 1
         ready = min((len(self._buffer) - self._position) // ZERO_WORD.size, ZERO_BATCH)
         end = self._position + ready * ZERO_WORD.size
@@ -468,7 +476,7 @@ class Writer:
         """The first RAM section, with its sync point."""
         parts = [bytes([Section.START]), U32.pack(self.RAM_SECTION), b"\x03ram", SECTION_HEAD.pack(0, RAM_VERSION)]
         blocks = list(blocks)
-        parts.append(WORD.pack(sum(block.used_length for block in blocks) | RamSave.MEM_SIZE))
+        parts.append(WORD.pack(sum(block.used_length for block in blocks) | MEM_SIZE))
         for block in blocks:
             name = block.idstr.encode("ascii")
             parts += [bytes([len(name)]), name, WORD.pack(block.used_length)]
@@ -480,20 +488,19 @@ class Writer:
 
     def zero_pages(self, idstr: str, offsets: Sequence[int]) -> bytes:
         """ZERO words for pages of one block."""
-        zero = int(RamSave.ZERO)
         first = b""
         if idstr != self._block:
             self._block = idstr
             name = idstr.encode("ascii")
-            first = WORD.pack(offsets[0] | zero) + bytes([len(name)]) + name + b"\0"
+            first = WORD.pack(offsets[0] | ZERO) + bytes([len(name)]) + name + b"\0"
             offsets = offsets[1:]
-        again = zero | RamSave.CONTINUE
+        again = ZERO | CONTINUE
         return first + b"".join([ZERO_WORD.pack(offset | again, 0) for offset in offsets])
 
     def ram_close(self) -> bytes:
         """The sync point and the end of a RAM section."""
-        flush = WORD.pack(RamSave.MULTIFD_FLUSH) if self._sync == "round" else b""
-        return flush + WORD.pack(RamSave.EOS) + bytes([Section.FOOTER]) + U32.pack(self.RAM_SECTION)
+        flush = WORD.pack(FLUSH) if self._sync == "round" else b""
+        return flush + WORD.pack(EOS) + bytes([Section.FOOTER]) + U32.pack(self.RAM_SECTION)
 
     def end(self) -> bytes:
         """What follows RAM where there is no recorded device state: the end and a description."""

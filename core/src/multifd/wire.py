@@ -32,6 +32,10 @@ RAM = struct.Struct(">IIIIIIQI28x256s")
 #: magic, version, flags, idstr, instance_id, next_packet_size.
 DEVICE_STATE = struct.Struct(">III256sII")
 
+# Plain numbers: arithmetic with an IntFlag makes a member of every result, for packets of a peer.
+SYNC = PacketFlag.SYNC.value
+DEVICE_STATE_FLAG = PacketFlag.DEVICE_STATE.value
+
 PAGE_SIZES = tuple(1 << bits for bits in range(10, 17))
 
 
@@ -110,7 +114,7 @@ class RamPacket:
                 RAM.pack(
                     MULTIFD_MAGIC,
                     MULTIFD_VERSION,
-                    flags | (PacketFlag.SYNC if self.sync else 0),
+                    flags | (SYNC if self.sync else 0),
                     room if offsets else 0,
                     len(self.normal),
                     self.next_packet_size,
@@ -151,7 +155,7 @@ class RamPacket:
             ramblock = name[:end].decode("ascii", "backslashreplace")
         return cls(
             method_number(flags),
-            bool(flags & PacketFlag.SYNC),
+            bool(flags & SYNC),
             num,
             ramblock,
             offsets[:normal],
@@ -173,7 +177,7 @@ class DeviceStatePacket:
         return DEVICE_STATE.pack(
             MULTIFD_MAGIC,
             MULTIFD_VERSION,
-            PacketFlag.DEVICE_STATE,
+            DEVICE_STATE_FLAG,
             self.idstr.encode("ascii"),
             self.instance_id,
             self.next_packet_size,
@@ -184,7 +188,7 @@ class DeviceStatePacket:
         """Raises PeerError for a wrong magic or version, SYNC, an unended name, no data."""
         magic, version, flags, idstr, instance, size = DEVICE_STATE.unpack(data)
         _check_prefix(magic, version)
-        if flags & PacketFlag.SYNC:
+        if flags & SYNC:
             raise PeerError("a device-state packet with SYNC")
         end = idstr.find(b"\0")
         if end < 0:
@@ -194,11 +198,11 @@ class DeviceStatePacket:
         return cls(idstr[:end].decode("ascii", "backslashreplace"), instance, size)
 
 
-def unpack_flags(prefix: Buffer) -> int:
-    """The flags word from a packet's first 12 bytes: says how long its header is.
+def is_device_state(prefix: Buffer) -> bool:
+    """Which header a packet's first 12 bytes begin: of device state, or of RAM.
 
     Raises PeerError for a wrong magic or version.
     """
     magic, version, flags = PREFIX.unpack(prefix)
     _check_prefix(magic, version)
-    return int(flags)
+    return bool(flags & DEVICE_STATE_FLAG)

@@ -1,0 +1,287 @@
+"""Measure multifd against rivals in the same run; each line is a ratio and its limit.
+
+    make bench
+
+Rivals: the codec alone, for zlib and zstd; a bare loop that sends and stores the same pages over
+the same kind of sockets, for none; five installed plugins, for 200.  Medians of alternating
+runs.  Works in memory (/dev/shm): a disk would be what is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from measure import MULTIFD, make_image, same, transfer
+from multifd.flags import PACKET_SIZE
+from multifd.plugins import select
+from multifd.ram import packet_buffer, without, zero_indexes
+
+PAGE = 4096
+CHANNELS = 2
+#: Bytes of a RAM packet's header, which the bare loop sends and drops.
+HEADER = 1344
+
+#: One packet: the runs of its normal pages, (offset in the image, length).
+Packet = list[tuple[int, int]]
+
+
+def plan(image: Path) -> list[Packet]:
+    """The normal pages of every packet, as a sender with zero detection sends them."""
+    packets = []
+    buffer = packet_buffer()
+    with open(image, "rb", 0) as file:
+        for offset in range(0, image.stat().st_size, PACKET_SIZE):
+            count = file.readinto(buffer) // PAGE
+            left = without(zero_indexes(buffer, count, PAGE), count)
+            if left:
+                packets.append([(offset + first * PAGE, (end - first) * PAGE) for first, end in left])
+    return packets
+
+
+class Codec:
+    """A compressor's hooks called alone, in one thread, on packets already in memory."""
+
+    def __init__(self, name: str, image: Path, packets: Sequence[Packet]) -> None:
+        self.compressor = select(name)
+        self.file = open(image, "rb")  # noqa: SIM115 - lives as long as this
+        self.memory = memoryview(mmap.mmap(self.file.fileno(), 0, prot=mmap.PROT_READ))
+        self.packets = packets
+        self.payloads: list[bytes] = []
+
+    def encode(self) -> float:
+        channel = self.compressor.channel(0, PAGE, self.compressor.settings({}, sending=True))
+        hook = self.compressor.hook
+        hook.multifd_send_setup(channel=channel)
+        seconds = 0.0
+        self.payloads = []
+        for packet in self.packets:
+            pages = [self.memory[offset : offset + length] for offset, length in packet]
+            started = time.perf_counter()
+            payload = hook.multifd_send_prepare(channel=channel, pages=pages)
+            seconds += time.perf_counter() - started
+            self.payloads.append(b"".join(payload))
+        self.compressor.cleanup("send", channel)
+        return seconds
+
+    def decode(self) -> float:
+        channel = self.compressor.channel(0, PAGE, self.compressor.settings({}, sending=False))
+        hook = self.compressor.hook
+        hook.multifd_recv_setup(channel=channel)
+        buffer = memoryview(packet_buffer())
+        seconds = 0.0
+        for packet, payload in zip(self.packets, self.payloads, strict=True):
+            channel.next_packet_size = len(payload)
+            channel.bind(lambda wanted, payload=payload: wanted.__setitem__(slice(None), payload))  # type: ignore[misc]
+            pages = buffer[: sum(length for _, length in packet)]
+            started = time.perf_counter()
+            hook.multifd_recv(channel=channel, pages=pages)
+            seconds += time.perf_counter() - started
+        self.compressor.cleanup("recv", channel)
+        return seconds
+
+
+def in_threads(action: Callable[[int], None]) -> None:
+    threads = [threading.Thread(target=action, args=(number,)) for number in range(CHANNELS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def bare_send(image: Path, packets: Sequence[Packet], sockets: Sequence[socket.socket]) -> None:
+    """Gather each packet's runs straight from the mapped image, with nothing else done."""
+    with open(image, "rb") as file:
+        memory = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+
+    def run(number: int) -> None:
+        sock = sockets[number]
+        for packet in packets[number::CHANNELS]:
+            pending = [memoryview(bytes(HEADER)), *(memory[offset : offset + length] for offset, length in packet)]
+            while pending:
+                count = sock.sendmsg(pending)
+                while pending and count >= len(pending[0]):
+                    count -= len(pending.pop(0))
+                if count:
+                    pending[0] = pending[0][count:]
+        sock.shutdown(socket.SHUT_WR)
+        sock.recv(1)
+
+    in_threads(run)
+
+
+def bare_receive(output: Path, size: int, packets: Sequence[Packet], sockets: Sequence[socket.socket]) -> None:
+    """Receive each packet into a buffer and write its runs to their place."""
+    fd = os.open(output, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    os.ftruncate(fd, size)
+
+    def run(number: int) -> None:
+        sock = sockets[number]
+        header = bytearray(HEADER)
+        buffer = memoryview(packet_buffer())
+        for packet in packets[number::CHANNELS]:
+            sock.recv_into(header, HEADER, socket.MSG_WAITALL)
+            pending = buffer[: sum(length for _, length in packet)]
+            while pending:
+                pending = pending[sock.recv_into(pending, len(pending), socket.MSG_WAITALL) :]
+            done = 0
+            for offset, length in packet:
+                os.pwrite(fd, buffer[done : done + length], offset)
+                done += length
+        sock.close()
+
+    in_threads(run)
+    os.close(fd)
+
+
+def bare_loop(image: Path, output: Path, packets: Sequence[Packet]) -> float:
+    """Seconds the bare loop takes, two processes, from the first byte to the last one stored."""
+    output.unlink(missing_ok=True)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ours = [socket.create_connection(server.getsockname()) for _ in range(CHANNELS)]
+        theirs = [server.accept()[0] for _ in range(CHANNELS)]
+    started = time.perf_counter()
+    child = os.fork()
+    if not child:
+        for sock in ours:
+            sock.close()
+        bare_receive(output, image.stat().st_size, packets, theirs)
+        os._exit(0)
+    for sock in theirs:
+        sock.close()
+    bare_send(image, packets, ours)
+    seconds = time.perf_counter() - started
+    os.waitpid(child, 0)
+    for sock in ours:
+        sock.close()
+    return seconds
+
+
+class Report:
+    """Prints each figure with its limit; remembers what missed."""
+
+    def __init__(self) -> None:
+        self.missed: list[str] = []
+
+    def line(self, what: str, value: float, limit: str, good: bool, detail: str = "") -> None:
+        print(f"{what:<46}{value:>8.2f}  limit {limit:<10}{'ok' if good else 'MISSED':<8}{detail}", flush=True)
+        if not good:
+            self.missed.append(what)
+
+
+def codec_lines(report: Report, image: Path, output: Path, packets: Sequence[Packet], runs: int) -> None:
+    for name in ("zlib", "zstd"):
+        codec = Codec(name, image, packets)
+        ratios, encodes, decodes, transfers = [], [], [], []
+        for _ in range(runs):
+            encodes.append(codec.encode())
+            decodes.append(codec.decode())
+            source, _ = transfer(image, output, name)
+            transfers.append(source.result["seconds"])
+            ratios.append(transfers[-1] / max(encodes[-1], decodes[-1]))
+        check_arrived(image, output)
+        detail = (
+            f"transfer {statistics.median(transfers):.2f} s, encoding alone {statistics.median(encodes):.2f} s, "
+            f"decoding alone {statistics.median(decodes):.2f} s, {sum(map(len, codec.payloads)) >> 20} MiB of payload"
+        )
+        ratio = statistics.median(ratios)
+        report.line(f"{name} level 1: transfer / codec alone", ratio, "<= 1.35", ratio <= 1.35, detail)
+
+
+def none_line(report: Report, image: Path, output: Path, packets: Sequence[Packet], runs: int) -> None:
+    bare_file = output.with_name("bare.raw")
+    ratios, bares, ours = [], [], []
+    bare_loop(image, bare_file, packets)
+    for _ in range(runs):
+        bares.append(bare_loop(image, bare_file, packets))
+        source, _ = transfer(image, output, "none")
+        ours.append(source.result["seconds"])
+        ratios.append(bares[-1] / ours[-1])
+    check_arrived(image, output)
+    bare_file.unlink()
+    ratio = statistics.median(ratios)
+    detail = f"transfer {statistics.median(ours):.2f} s, bare loop {statistics.median(bares):.2f} s"
+    report.line("none: rate / bare loop's rate", ratio, ">= 0.80", ratio >= 0.8, detail)
+
+
+def memory_lines(report: Report, image: Path, output: Path) -> None:
+    for name in ("none", "zlib", "zstd"):
+        both = transfer(image, output, name, channels=4, sample_interval=0.01)
+        for side, process in zip(("source", "destination"), both, strict=True):
+            mib = process.peak_anonymous / (1 << 20)
+            report.line(f"{name}, 4 channels: anonymous MiB of the {side}", mib, "<= 48", mib <= 48)
+
+
+def start_line(report: Report, directory: Path, runs: int) -> None:
+    """`multifd send` that fails to connect: start, find the compressor among many, load it."""
+    image = directory / "page.raw"
+    image.write_bytes(bytes(PAGE))
+    times: dict[int, list[float]] = {5: [], 200: []}
+    for count in times:
+        fake_plugins(directory / f"plugins{count}", count)
+    for _ in range(2 * runs):
+        for count, found in times.items():
+            started = time.perf_counter()
+            subprocess.run(
+                [*MULTIFD, "send", str(image), f"unix:{directory}/nobody"],
+                env=os.environ | {"PYTHONPATH": str(directory / f"plugins{count}")},
+                stderr=subprocess.DEVNULL,
+                check=False,
+            )
+            found.append(time.perf_counter() - started)
+    few, many = (statistics.median(times[count]) for count in times)
+    detail = f"{few * 1000:.0f} ms and {many * 1000:.0f} ms"
+    report.line("start of send: 200 plugins / 5 plugins", many / few, "< 2", many < 2 * few, detail)
+
+
+def fake_plugins(folder: Path, count: int) -> None:
+    for number in range(count):
+        info = folder / f"multifd_fake{number}-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: multifd-fake{number}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[multifd.compressors]\nfake{number} = multifd_fake{number}\n")
+        (folder / f"multifd_fake{number}.py").write_text("raise RuntimeError('imported without need')\n")
+
+
+def check_arrived(image: Path, output: Path) -> None:
+    if not same(image, output):
+        sys.exit("what arrived is not what was sent")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mib", type=int, default=512, help="size of the image in MiB (512)")
+    parser.add_argument("--runs", type=int, default=5, help="alternating runs of each (5)")
+    parser.add_argument("--directory", type=Path, default=Path("/dev/shm"), help="where to work (/dev/shm)")  # noqa: S108
+    arguments = parser.parse_args()
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+    report = Report()
+    directory = Path(tempfile.mkdtemp(prefix="multifd-bench-", dir=arguments.directory))
+    try:
+        image, output = directory / "guest.raw", directory / "snapshot"
+        make_image(image, arguments.mib)
+        packets = plan(image)
+        none_line(report, image, output, packets, arguments.runs)
+        codec_lines(report, image, output, packets, arguments.runs)
+        memory_lines(report, image, output)
+        start_line(report, directory, arguments.runs)
+    finally:
+        shutil.rmtree(directory)
+    if report.missed:
+        print(f"missed: {'; '.join(report.missed)}")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
