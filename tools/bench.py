@@ -40,11 +40,11 @@ Packet = list[tuple[int, int]]
 def plan(image: Path) -> list[Packet]:
     """The normal pages of every packet, as a sender with zero detection sends them."""
     packets = []
-    buffer = packet_buffer()
+    buffer = memoryview(packet_buffer())
     with open(image, "rb", 0) as file:
         for offset in range(0, image.stat().st_size, PACKET_SIZE):
             count = file.readinto(buffer) // PAGE
-            left = without(zero_indexes(buffer, count, PAGE), count)
+            left = without(zero_indexes(buffer[: count * PAGE], PAGE), count)
             if left:
                 packets.append([(offset + first * PAGE, (end - first) * PAGE) for first, end in left])
     return packets

@@ -5,12 +5,15 @@ from __future__ import annotations
 import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 
 from multifd.errors import PeerError
 from multifd.flags import PACKET_SIZE
 from multifd.wire import RamPacket
 
 ZEROS = bytes(PACKET_SIZE)
+_ZERO_PACKET = bytearray(PACKET_SIZE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +57,7 @@ def check_packet(blocks: Mapping[str, Block], packet: RamPacket, page_size: int)
             f"packet {packet.packet_num} is for RAM block {packet.ramblock!r}, the source listed {', '.join(blocks)}"
         )
     offsets = packet.normal + packet.zero
-    bits = 0
-    for offset in offsets:
-        bits |= offset
-    if bits % page_size or max(offsets) + page_size > block.used_length:
+    if reduce(or_, offsets) % page_size or max(offsets) + page_size > block.used_length:
         for offset in offsets:
             check_offset(block, offset, page_size)
     return block
@@ -92,21 +92,20 @@ def packet_buffer() -> mmap.mmap:
     return mmap.mmap(-1, PACKET_SIZE)
 
 
-def zero_indexes(pages: mmap.mmap, count: int, page_size: int) -> list[int]:
-    """Which of the first `count` pages in `pages` are all zero, in rising order.
+def zero_indexes(pages: memoryview, page_size: int) -> Sequence[int]:
+    """Which of these pages are all zero, in rising order.
 
-    The first word of each page sorts out most of the others.  The rest is compared as slices:
-    views compare item by item.
+    The first word of each page sorts out most of the others.  A bytearray on the left compares
+    with a view in one step; a view on the left would go item by item, a slice would be copied.
     """
-    words = memoryview(pages).cast("Q")[: count * page_size // 8 : page_size // 8].tolist()
+    words = pages.cast("Q")[:: page_size // 8].tolist()
     if all(words):
-        return []
-    zero = ZEROS[:page_size]
-    return [
-        index
-        for index, word in enumerate(words)
-        if not word and pages[index * page_size : (index + 1) * page_size] == zero
-    ]
+        return ()
+    if not any(words) and _ZERO_PACKET[: len(pages)] == pages:
+        return range(len(words))
+    zero = _ZERO_PACKET[:page_size]
+    starts = [index * page_size for index, word in enumerate(words) if not word]
+    return [start // page_size for start in starts if zero == pages[start : start + page_size]]
 
 
 def without(indexes: Sequence[int], count: int) -> list[tuple[int, int]]:

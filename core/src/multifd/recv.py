@@ -263,10 +263,11 @@ class RecvChannels:
         pages = memoryview(packet_buffer())
         while True:
             try:
-                channel.connection.read_into(head[: PREFIX.size])
+                got = channel.connection.read_into(head, at_least=PREFIX.size)
                 if is_device_state(head[: PREFIX.size]):
                     raise PeerError("a device-state packet: state of VFIO devices cannot be taken, detach them")
-                channel.connection.read_into(head[PREFIX.size :], due=True)
+                if got < len(head):
+                    channel.connection.read_into(head[got:], due=True)
             except Ended as ended:
                 # Whether it may end here is known at the next sync point, or at the end: QEMU 7.2
                 # can be cut inside an empty packet after the last SYNC.

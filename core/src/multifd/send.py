@@ -9,7 +9,6 @@ every channel has written all of its packets and a SYNC.
 from __future__ import annotations
 
 import itertools
-import mmap
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -52,7 +51,7 @@ class _SendChannel:
     id: int
     connection: Connection
     view: Channel
-    buffer: mmap.mmap = field(default_factory=packet_buffer)
+    buffer: memoryview = field(default_factory=lambda: memoryview(packet_buffer()))
     pages: memoryview = field(init=False)
     synced: int = 0
     packets: int = 0
@@ -60,7 +59,7 @@ class _SendChannel:
     zero_pages: int = 0
 
     def __post_init__(self) -> None:
-        self.pages = memoryview(self.buffer).toreadonly()
+        self.pages = self.buffer.toreadonly()
 
 
 class SendChannels:
@@ -191,7 +190,7 @@ class SendChannels:
 
     def _send(self, channel: _SendChannel, batch: Batch) -> None:
         size = self._page_size
-        offsets = range(batch.offset, batch.offset + batch.length, size)
+        offsets = list(range(batch.offset, batch.offset + batch.length, size))
         count = len(offsets)
         indexes: Sequence[int] = ()
         if batch.hole:
@@ -199,10 +198,10 @@ class SendChannels:
         else:
             _read(batch, channel.buffer)
             if self._zero_pages != "none":
-                indexes = zero_indexes(channel.buffer, count, size)
+                indexes = zero_indexes(channel.pages[: batch.length], size)
         channel.normal_pages += count - len(indexes)
         channel.zero_pages += len(indexes)
-        zero = [batch.offset + index * size for index in indexes]
+        zero = [offsets[index] for index in indexes]
         if zero and self._zero_pages == "legacy":
             with self._changed:
                 self._zeros.append((batch.source.block.idstr, zero))
@@ -212,7 +211,9 @@ class SendChannels:
         if not runs and not zero:
             return
         payload = self._payload(channel, runs) if runs else ()
-        normal = [offset for first, end in runs for offset in offsets[first:end]]
+        normal: list[int] = []
+        for first, end in runs:
+            normal += offsets[first:end]
         header = RamPacket(
             method=self._compressor.facts.flag,
             packet_num=next(self._packet_num),
@@ -238,9 +239,9 @@ class SendChannels:
         return payload
 
 
-def _read(batch: Batch, buffer: mmap.mmap) -> None:
+def _read(batch: Batch, buffer: memoryview) -> None:
     """Read, not map: a mapped file that shrinks or fails kills the process with SIGBUS."""
-    view = memoryview(buffer)[: batch.length]
+    view = buffer[: batch.length]
     source = batch.source
     done = 0
     while done < batch.length:

@@ -108,10 +108,11 @@ class Connection(Protocol):
     def read_first(self, view: memoryview, deadline: float) -> int:
         """Fill `view` before `deadline` (monotonic); how many bytes came before the end."""
 
-    def read_into(self, view: memoryview, *, due: bool = False) -> None:
-        """Fill `view`; `due` where the peer has begun something and has to go on.
+    def read_into(self, view: memoryview, *, at_least: int | None = None, due: bool = False) -> int:
+        """Fill `view`, or at least so many bytes of it; returns how many.
 
-        Raises Ended where the stream ends first.
+        `due` where the peer has begun something and has to go on.  Raises Ended where the stream
+        ends first.
         """
 
     def read_some(self, limit: int, *, due: bool = False) -> bytes:
@@ -148,14 +149,16 @@ class SocketConnection:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
 
-    def read_into(self, view: memoryview, *, due: bool = False) -> None:
-        wanted = len(view)
-        while view:
-            count = self._receive(view, socket.MSG_WAITALL, due or len(view) < wanted)
+    def read_into(self, view: memoryview, *, at_least: int | None = None, due: bool = False) -> int:
+        wanted = len(view) if at_least is None else at_least
+        flags = socket.MSG_WAITALL if at_least is None else 0
+        got = 0
+        while got < wanted:
+            count = self._receive(view[got:] if got else view, flags, due or got > 0)
             if count == 0:
-                got = wanted - len(view)
                 raise Ended(f"the connection ended after {got} of {wanted} bytes", got)
-            view = view[count:]
+            got += count
+        return got
 
     def read_some(self, limit: int, *, due: bool = False) -> bytes:
         buffer = bytearray(limit)
@@ -341,14 +344,17 @@ class RecordedConnection:
             return ended.got
         return len(view)
 
-    def read_into(self, view: memoryview, *, due: bool = False) -> None:
+    def read_into(self, view: memoryview, *, at_least: int | None = None, due: bool = False) -> int:
         got = 0
         while got < len(view):
             data = self._read(len(view) - got)
             if not data:
+                if at_least is not None and got >= at_least:
+                    break
                 raise Ended(f"the recording ends after {got} of {len(view)} bytes", got)
             view[got : got + len(data)] = data
             got += len(data)
+        return got
 
     def read_some(self, limit: int, *, due: bool = False) -> bytes:
         return self._read(limit)
