@@ -7,8 +7,8 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -29,6 +29,9 @@ RESERVED = {
 }
 #: Seconds a probe in a child process may take before it counts as hanging.
 PROBE_TIMEOUT = 10.0
+
+#: What a plugin may raise instead of returning; Ctrl-C is not its own.
+HOOK_ERRORS = (Exception, SystemExit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,17 +99,13 @@ class Compressor:
     def __str__(self) -> str:
         return f"{self.name} ({self.distribution})"
 
-    @contextmanager
-    def guard(self, doing: str) -> Iterator[None]:
-        """Whatever a hook raises becomes a CompressorError that names the compressor."""
-        try:
-            yield
-        except CompressorError as error:
-            raise CompressorError(f"{doing}: {self.name}: {error}") from error
-        except MultifdError:
-            raise
-        except (Exception, SystemExit) as error:
-            raise CompressorError(f"{doing}: {self} failed: {_describe(error)}") from error
+    def failed(self, doing: str, error: BaseException) -> MultifdError:
+        """What a hook raised, as an error that says in which compressor."""
+        if isinstance(error, CompressorError):
+            return CompressorError(f"{doing}: {self.name}: {error}")
+        if isinstance(error, MultifdError):
+            return error
+        return CompressorError(f"{doing}: {self} failed: {_describe(error)}")
 
     def cleanup(self, direction: str, channel: Channel) -> None:
         """Call a cleanup hook; one that raises all the same is told on standard error."""
@@ -116,8 +115,10 @@ class Compressor:
             warnings.warn(f"{self}: multifd_{direction}_cleanup raised {_describe(error)}", RuntimeWarning, stacklevel=1)
 
     def _call(self, hook: str) -> Any:
-        with self.guard(hook):
+        try:
             return getattr(self.hook, hook)()
+        except HOOK_ERRORS as error:
+            raise self.failed(hook, error) from error
 
     def _check_facts(self, facts: object) -> Facts:
         if not isinstance(facts, Facts):
@@ -228,7 +229,7 @@ def load(name: str) -> Compressor:
     distribution = _distribution(entries[0])
     try:
         plugin = entries[0].load()
-    except (Exception, SystemExit) as error:
+    except HOOK_ERRORS as error:
         raise CompressorError(f"{name} ({distribution}): import failed: {_describe(error)}") from error
     return Compressor(name, plugin, distribution)
 

@@ -6,7 +6,8 @@ import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from operator import or_
+from itertools import pairwise
+from operator import or_, sub
 
 from multifd.errors import PeerError
 from multifd.flags import PACKET_SIZE
@@ -72,15 +73,10 @@ def runs(offsets: Sequence[int], page_size: int) -> list[tuple[int, int]]:
     # Most packets are one run; comparing with a range costs a third of the walk.
     if last - first + page_size == length and tuple(offsets) == tuple(range(first, last + 1, page_size)):
         return [(first, length)]
-    found = []
-    start = end = first
-    for offset in offsets:
-        if offset != end:
-            found.append((start, end - start))
-            start = offset
-        end = offset + page_size
-    found.append((start, end - start))
-    return found
+    # Where the distance to the page before is not a page, a run begins.
+    steps = map(sub, offsets[1:], offsets)
+    starts = [0, *(index for index, step in enumerate(steps, 1) if step != page_size), len(offsets)]
+    return [(offsets[start], (end - start) * page_size) for start, end in pairwise(starts)]
 
 
 def packet_buffer() -> mmap.mmap:

@@ -15,7 +15,7 @@ from typing import Protocol
 from multifd.errors import MultifdError, PeerError
 from multifd.flags import MAX_PAYLOAD, method_name
 from multifd.hookspecs import Channel
-from multifd.plugins import Compressor, Settings, Spec, select, select_for_flag
+from multifd.plugins import HOOK_ERRORS, Compressor, Settings, Spec, names, select, select_for_flag
 from multifd.ram import Block, check_packet, packet_buffer, runs
 from multifd.transport import Connection, Ended, Silence
 from multifd.wire import PREFIX, InitPacket, RamPacket, header_length, is_device_state
@@ -48,7 +48,9 @@ class Codecs:
         self._lock = threading.Lock()
         self._loaded: dict[int, tuple[Compressor, Settings]] = {}
         self._expected = None
-        if spec is not None:
+        if spec is None:
+            names()  # read what is installed now, while nobody waits
+        else:
             compressor = select(spec.name)
             self._expected = compressor
             self._loaded[compressor.facts.flag] = compressor, compressor.settings(spec.settings, sending=False)
@@ -308,8 +310,10 @@ class RecvChannels:
                 f"{len(packet.normal)} pages; 1 to {MAX_PAYLOAD} are allowed"
             )
         view.next_packet_size = channel.unread = packet.next_packet_size
-        with compressor.guard(f"packet {packet.packet_num}"):
+        try:
             compressor.hook.multifd_recv(channel=view, pages=pages)
+        except HOOK_ERRORS as error:
+            raise compressor.failed(f"packet {packet.packet_num}", error) from error
         if channel.unread:
             raise PeerError(
                 f"packet {packet.packet_num}: {channel.unread} of {packet.next_packet_size} payload bytes are left over"
@@ -322,8 +326,10 @@ class RecvChannels:
             view = compressor.channel(channel.id, page_size, settings)
             view.bind(lambda wanted: _read_payload(channel, wanted))
             channel.codecs[flag] = compressor, view
-            with compressor.guard("multifd_recv_setup"):
+            try:
                 compressor.hook.multifd_recv_setup(channel=view)
+            except HOOK_ERRORS as error:
+                raise compressor.failed("multifd_recv_setup", error) from error
         return channel.codecs[flag]
 
     def _wait_at_sync(self, channel: _RecvChannel) -> bool:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from multifd.errors import CompressorError, HostError, MultifdError
 from multifd.flags import MAX_PAYLOAD
 from multifd.hookspecs import Channel
-from multifd.plugins import Compressor, Settings
+from multifd.plugins import HOOK_ERRORS, Compressor, Settings
 from multifd.ram import Block, packet_buffer, without, zero_indexes
 from multifd.transport import Connection
 from multifd.wire import Buffer, RamPacket
@@ -157,8 +157,7 @@ class SendChannels:
 
     def _run(self, channel: _SendChannel) -> None:
         try:
-            with self._compressor.guard("multifd_send_setup"):
-                self._compressor.hook.multifd_send_setup(channel=channel.view)
+            self._set_up(channel)
             while self._wait_for_epoch(channel):
                 while (batch := self._take()) is not None:
                     self._send(channel, batch)
@@ -169,6 +168,12 @@ class SendChannels:
             self._fail(error)
         finally:
             self._compressor.cleanup("send", channel.view)
+
+    def _set_up(self, channel: _SendChannel) -> None:
+        try:
+            self._compressor.hook.multifd_send_setup(channel=channel.view)
+        except HOOK_ERRORS as error:
+            raise self._compressor.failed("multifd_send_setup", error) from error
 
     def _wait_for_epoch(self, channel: _SendChannel) -> bool:
         """Wait until there is something to send; False at the end."""
@@ -228,9 +233,11 @@ class SendChannels:
     def _payload(self, channel: _SendChannel, runs: Sequence[tuple[int, int]]) -> Sequence[Buffer]:
         size = self._page_size
         pages = [channel.pages[first * size : end * size] for first, end in runs]
-        with self._compressor.guard("multifd_send_prepare"):
+        try:
             payload: Sequence[Buffer] = self._compressor.hook.multifd_send_prepare(channel=channel.view, pages=pages)
             length = sum(map(len, payload))
+        except HOOK_ERRORS as error:
+            raise self._compressor.failed("multifd_send_prepare", error) from error
         if not 0 < length <= MAX_PAYLOAD:
             raise CompressorError(
                 f"{self._compressor.name} made {length} bytes of {sum(map(len, pages))} bytes of pages; "

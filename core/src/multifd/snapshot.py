@@ -127,10 +127,12 @@ class BlockFile:
                 self._write(offset + start, page)
 
     def _write(self, offset: int, pages: memoryview) -> None:
-        with _files_of(self.path):
-            while pages:
-                written = os.pwrite(self._fd, pages, offset)
-                pages, offset = pages[written:], offset + written
+        try:
+            written = os.pwrite(self._fd, pages, offset)
+            while written < len(pages):
+                written += os.pwrite(self._fd, pages[written:], offset + written)
+        except OSError as error:
+            raise _host_error(self.path, error) from error
 
     def next_epoch(self) -> None:
         """A sync point was passed: no thread writes while this looks at what came twice."""

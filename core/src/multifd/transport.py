@@ -84,10 +84,6 @@ class Silence:
         """How often a blocked thread has to look at `check`."""
         return min(self.timeout, self.idle_timeout or self.timeout)
 
-    def touch(self) -> None:
-        """A byte moved."""
-        self.last = time.monotonic()
-
     def check(self, doing: str, awaited: bool) -> None:
         """Raises PeerError where the silence has lasted too long."""
         silent = time.monotonic() - self.last
@@ -176,19 +172,23 @@ class SocketConnection:
             except OSError as error:
                 raise HostError(f"{self.name}: {error.strerror}") from error
             self.bytes_read += count
-            self._silence.touch()
+            self._silence.last = time.monotonic()
             return count
 
     def write(self, buffers: Sequence[Buffer]) -> None:
+        count = self._send(buffers[:IOV_MAX])
+        if count == sum(map(len, buffers)):
+            return
         pending = [memoryview(buffer) for buffer in buffers]
         while pending:
-            count = self._send(pending[:IOV_MAX])
             while pending and count >= len(pending[0]):
                 count -= len(pending.pop(0))
             if count:
                 pending[0] = pending[0][count:]
+            if pending:
+                count = self._send(pending[:IOV_MAX])
 
-    def _send(self, buffers: list[memoryview]) -> int:
+    def _send(self, buffers: Sequence[Buffer]) -> int:
         while True:
             try:
                 count = self._socket.sendmsg(buffers, (), socket.MSG_NOSIGNAL)
@@ -200,7 +200,7 @@ class SocketConnection:
                     raise Lost("the other side closed the connection") from error
                 raise HostError(f"{self.name}: {error.strerror}") from error
             self.bytes_written += count
-            self._silence.touch()
+            self._silence.last = time.monotonic()
             return count
 
     def read_first(self, view: memoryview, deadline: float) -> int:
@@ -222,7 +222,7 @@ class SocketConnection:
             with suppress(OSError):
                 self._socket.settimeout(None)
         self.bytes_read += got
-        self._silence.touch()
+        self._silence.last = time.monotonic()
         return got
 
     def interrupt(self, *, reading_only: bool = False) -> None:
