@@ -117,7 +117,9 @@ def bare_send(image: Path, packets: Sequence[Packet], sockets: Sequence[socket.s
     in_threads(run)
 
 
-def bare_receive(output: Path, size: int, packets: Sequence[Packet], sockets: Sequence[socket.socket], how: str) -> None:
+def bare_receive(
+    output: Path, size: int, packets: Sequence[Packet], sockets: Sequence[socket.socket], how: str
+) -> None:
     """Scatter each packet's runs to their place in the mapped file, or write them from a buffer."""
     fd = os.open(output, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     os.ftruncate(fd, size)
@@ -279,7 +281,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=int, default=512, help="size of the image in MiB (512)")
     parser.add_argument("--runs", type=int, default=5, help="alternating runs of each (5)")
-    parser.add_argument("--directory", type=Path, default=Path("/dev/shm"), help="where to work (/dev/shm)")  # noqa: S108
+    parser.add_argument("--directory", type=Path, default=Path("/dev/shm"), help="where to work (/dev/shm)")
     arguments = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
     report = Report()

@@ -1,6 +1,6 @@
 """Send a real memory image between two processes with each compressor, and compare.
 
-    make demo
+make demo
 """
 
 from __future__ import annotations

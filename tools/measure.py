@@ -114,5 +114,7 @@ def make_image(image: Path, mib: int) -> None:
         return
     image.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    subprocess.run([sys.executable, str(Path(__file__).with_name("memory_image.py")), str(image), "--mib", str(mib)], check=True)
+    subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("memory_image.py")), str(image), "--mib", str(mib)], check=True
+    )
     print(f"built {image} ({mib} MiB) from memory and files of this machine in {time.monotonic() - started:.0f} s")

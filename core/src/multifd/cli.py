@@ -56,7 +56,7 @@ def _say(text: str) -> None:
     print(f"multifd: {text}", file=sys.stderr, flush=True)
 
 
-def _show_warning(message: Warning | str, *_: object) -> None:
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     _say(f"warning: {message}")
 
 
@@ -258,7 +258,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
         if key == "blocks":
             for block in value:
                 digest = block.get("sha256")
-                print(f"{'block':<19}{block['idstr']}: {block['used_length']} bytes" + (f", {digest}" if digest else ""))
+                print(
+                    f"{'block':<19}{block['idstr']}: {block['used_length']} bytes" + (f", {digest}" if digest else "")
+                )
         elif value is not None:
             text = ", ".join(value) if isinstance(value, list) else value
             print(f"{key.replace('_', ' '):<19}{text}")

@@ -141,9 +141,7 @@ def _main(main: Connection, parser: Parser, head: dict[str, Any]) -> _Tally:
                         head["machine"] = machine
                         head["uuid"] = str(UUID(bytes=uuid)) if uuid else None
                     case BlockList(blocks):
-                        head["blocks"] = [
-                            {"idstr": block.idstr, "used_length": block.used_length} for block in blocks
-                        ]
+                        head["blocks"] = [{"idstr": block.idstr, "used_length": block.used_length} for block in blocks]
                         head["by_name"] = {block.idstr: block for block in blocks}
                     case ZeroPages(_, offsets):
                         tally.add(0, len(offsets))

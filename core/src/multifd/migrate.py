@@ -42,7 +42,17 @@ from multifd.stream import (
     pong,
     shut,
 )
-from multifd.transport import Connection, Listener, Lost, RecordedConnection, Silence, SocketConnection, Uri, connect, open_recording
+from multifd.transport import (
+    Connection,
+    Listener,
+    Lost,
+    RecordedConnection,
+    Silence,
+    SocketConnection,
+    Uri,
+    connect,
+    open_recording,
+)
 from multifd.wire import INIT, MAGIC, PAGE_SIZES, InitPacket
 
 DEFAULT_CHANNELS = 2
@@ -421,7 +431,7 @@ class _Arrivals:
     def _serve(self, connection: Connection) -> None:
         try:
             self._identify(connection)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - the main thread raises it
             self.channels.fail(error)
 
     def _identify(self, connection: Connection) -> None:

@@ -22,7 +22,7 @@ def multifd_probe() -> Probe:
 
 
 @hookimpl
-def multifd_send_prepare(channel: Channel, pages: Sequence[memoryview]) -> Sequence[Buffer]:
+def multifd_send_prepare(pages: Sequence[memoryview]) -> Sequence[Buffer]:
     return pages
 
 

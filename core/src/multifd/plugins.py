@@ -111,8 +111,10 @@ class Compressor:
         """Call a cleanup hook; one that raises all the same is told on standard error."""
         try:
             getattr(self.hook, f"multifd_{direction}_cleanup")(channel=channel)
-        except Exception as error:
-            warnings.warn(f"{self}: multifd_{direction}_cleanup raised {_describe(error)}", RuntimeWarning, stacklevel=1)
+        except HOOK_ERRORS as error:
+            warnings.warn(
+                f"{self}: multifd_{direction}_cleanup raised {_describe(error)}", RuntimeWarning, stacklevel=1
+            )
 
     def _call(self, hook: str) -> Any:
         try:
@@ -132,7 +134,9 @@ class Compressor:
         if facts.name != self.name:
             raise CompressorError(f"{self}: calls itself {facts.name!r}")
         if facts.name != facts.method and not facts.name.startswith(facts.method + "-"):
-            raise CompressorError(f"{self}: a compressor of method {facts.method} is named so, or {facts.method}-suffix")
+            raise CompressorError(
+                f"{self}: a compressor of method {facts.method} is named so, or {facts.method}-suffix"
+            )
         known = METHODS.get(facts.method)
         if known is not None and facts.flag != known:
             raise CompressorError(f"{self}: flag {facts.flag}, but QEMU's {facts.method} has {known}")
@@ -152,9 +156,9 @@ class Compressor:
             raise CompressorError(f"{self}: multifd_probe returned {type(probe).__name__}, not Probe")
         return probe
 
-    def channel(self, id: int, page_size: int, settings: Settings) -> Channel:
+    def channel(self, number: int, page_size: int, settings: Settings) -> Channel:
         """A fresh channel for this compressor's hooks."""
-        return Channel(id, page_size, settings.level, settings.options)
+        return Channel(number, page_size, settings.level, settings.options)
 
     def settings(self, given: Mapping[str, str], *, sending: bool) -> Settings:
         """Check settings against the facts.

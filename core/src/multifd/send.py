@@ -164,7 +164,7 @@ class SendChannels:
                 self._send_sync(channel)
         except MultifdError as error:
             self._fail(error.at(f"channel {channel.id}"))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - epoch() raises it in its thread
             self._fail(error)
         finally:
             self._compressor.cleanup("send", channel.view)

@@ -183,7 +183,7 @@ class SnapshotWriter:
         check_free(self.path)
         with _files_of(self.path.parent):
             self._draft = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", suffix=".partial", dir=self.path.parent))
-            self._device_state = open(self._draft / DEVICE_STATE, "w+b")
+            self._device_state = open(self._draft / DEVICE_STATE, "w+b")  # noqa: SIM115 - closed by complete or discard
 
     def create_blocks(self, blocks: Sequence[Block]) -> None:
         """Make one sparse file per block."""
@@ -204,9 +204,7 @@ class SnapshotWriter:
             self._device_state.write(data)
         self.device_state_bytes += len(data)
 
-    def complete(
-        self, configuration: bytes, *, uuid: bytes, machine: str, sync: str, transfer: dict[str, Any]
-    ) -> None:
+    def complete(self, configuration: bytes, *, uuid: bytes, machine: str, sync: str, transfer: dict[str, Any]) -> None:
         """Bring all of it to the disk, then give the snapshot its name."""
         for block in self.blocks.values():
             block.sync()

@@ -46,6 +46,9 @@ MEM_SIZE = RamSave.MEM_SIZE.value
 EOS = RamSave.EOS.value
 FLUSH = RamSave.MULTIFD_FLUSH.value
 
+#: Bytes of data of the commands known here.
+COMMAND_LENGTHS: dict[int, int] = {Command.OPEN_RETURN_PATH: 0, Command.PING: 4, Command.SWITCHOVER_START: 0}
+
 MAX_MACHINE_NAME = 256
 MAX_BLOCKS = 4096
 #: A description longer than this is not looked for (QEMU's are some 10 KiB to a few 100 KiB).
@@ -285,9 +288,9 @@ class Parser:
 
     def _refuse_capabilities(self) -> Generator[None, None, None]:
         count = yield from self._number(U32)
-        names = []
-        for _ in range(min(count, 8)):
-            names.append((yield from self._name()))
+        names: list[str] = []
+        while len(names) < min(count, 8):
+            names += [(yield from self._name())]
         raise self._wrong(f"the source has {' and '.join(names)} on, which leave memory out: turn it off there")
 
     def _command(self) -> _Steps:
@@ -295,7 +298,7 @@ class Parser:
         if 3 <= number <= 10:
             what = "COLO" if number == 8 else f"postcopy: {_POSTCOPY}"
             raise self._wrong(f"command {number} belongs to {what}")
-        wanted = {Command.OPEN_RETURN_PATH: 0, Command.PING: 4, Command.SWITCHOVER_START: 0}.get(number)  # type: ignore[call-overload]
+        wanted = COMMAND_LENGTHS.get(number)
         if wanted is not None and length != wanted:
             raise self._wrong(f"command {number} with {length} bytes of data, not {wanted}")
         data = yield from self._take(length)
@@ -466,10 +469,7 @@ class Writer:
         """Ask the destination to answer, with the ping that QEMU sends first."""
         ping = COMMAND_HEAD.pack(Command.PING, 4) + U32.pack(1)
         return (
-            bytes([Section.COMMAND])
-            + COMMAND_HEAD.pack(Command.OPEN_RETURN_PATH, 0)
-            + bytes([Section.COMMAND])
-            + ping
+            bytes([Section.COMMAND]) + COMMAND_HEAD.pack(Command.OPEN_RETURN_PATH, 0) + bytes([Section.COMMAND]) + ping
         )
 
     def ram_start(self, blocks: Iterable[Block]) -> bytes:

@@ -7,6 +7,7 @@ written by one thread at a time; `interrupt` may come from any thread.
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import socket
 import stat
@@ -246,9 +247,7 @@ class Listener:
                 self._path = uri.path
                 self.uri = uri
             else:
-                found = socket.getaddrinfo(
-                    uri.host or None, uri.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-                )
+                found = socket.getaddrinfo(uri.host or None, uri.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
                 family, _, _, _, address = found[0]
                 self._socket = socket.socket(family)
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -337,14 +336,14 @@ class RecordedConnection:
         self.bytes_written = 0
         self._file = _open_recorded(path)
 
-    def read_first(self, view: memoryview, deadline: float) -> int:
+    def read_first(self, view: memoryview, deadline: float) -> int:  # noqa: ARG002 - a file never waits
         try:
             self.read_into(view)
         except Ended as ended:
             return ended.got
         return len(view)
 
-    def read_into(self, view: memoryview, *, at_least: int | None = None, due: bool = False) -> int:
+    def read_into(self, view: memoryview, *, at_least: int | None = None, due: bool = False) -> int:  # noqa: ARG002
         got = 0
         while got < len(view):
             data = self._read(len(view) - got)
@@ -356,7 +355,7 @@ class RecordedConnection:
             got += len(data)
         return got
 
-    def read_some(self, limit: int, *, due: bool = False) -> bytes:
+    def read_some(self, limit: int, *, due: bool = False) -> bytes:  # noqa: ARG002
         return self._read(limit)
 
     def _read(self, limit: int) -> bytes:
@@ -384,19 +383,22 @@ def _open_recorded(path: Path) -> BinaryIO:
         raise CallerError(f"{path}: {error.strerror}") from error
     if path.suffix != ".zst":
         return file
-    try:
-        try:
-            from compression.zstd import ZstdFile  # Python 3.14
-        except ImportError:
-            import zstandard
-
-            reader: BinaryIO = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True, closefd=True)
-            return reader
-        opened: BinaryIO = ZstdFile(file)
-        return opened
-    except ImportError:
+    unpacked = _zstd_reader(file)
+    if unpacked is None:
         file.close()
-        raise HostError(f"{path} is compressed with zstd: pip install zstandard, or unpack it with `zstd -d`") from None
+        raise HostError(f"{path} is compressed with zstd: pip install zstandard, or unpack it with `zstd -d`")
+    return unpacked
+
+
+def _zstd_reader(file: BinaryIO) -> BinaryIO | None:
+    """With whatever zstd there is: Python 3.14 brings one."""
+    for module, attribute in (("compression.zstd", "ZstdFile"), ("zstandard", "open")):
+        try:
+            opened: BinaryIO = getattr(importlib.import_module(module), attribute)(file, "rb")
+        except ImportError:
+            continue
+        return opened
+    return None
 
 
 def open_recording(directory: str) -> tuple[RecordedConnection, list[RecordedConnection]]:
@@ -408,7 +410,7 @@ def open_recording(directory: str) -> tuple[RecordedConnection, list[RecordedCon
     main = _recorded_path(folder, MAIN_FILE)
     if main is None:
         raise CallerError(f"{folder} holds no {MAIN_FILE} or {MAIN_FILE}.zst: it is not a recording")
-    paths = []
+    paths: list[Path] = []
     while (path := _recorded_path(folder, f"ch{len(paths)}.bin")) is not None:
         paths.append(path)
     if not paths:

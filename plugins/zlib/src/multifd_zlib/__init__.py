@@ -2,8 +2,8 @@
 
 QEMU feeds zlib page by page; the wire only asks for one stream, so this takes a whole packet
 per call.  Levels mean what they mean in zlib: 0 stores, 1 is fast, 9 is small.  For the lowest
-two ISA-L makes streams of the same size as zlib's in a fifth of the time; its own level 0 is not
-"stored" and its levels stop at 3, so the others are zlib's.
+two ISA-L makes streams within 3 % of zlib's size, 4.5 and 2 times as fast (measured on the
+bench's image); its own level 0 is not "stored" and its levels stop at 3, so the others are zlib's.
 """
 
 from __future__ import annotations
@@ -11,22 +11,24 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from multifd.errors import CompressorError
 from multifd.flags import MAX_PAYLOAD, METHODS
 from multifd.hookspecs import Channel, Facts, Probe, hookimpl
 from multifd.wire import Buffer
 
+isal: Any
+isal_zlib: Any
 try:  # wheels exist for x86-64 and aarch64; elsewhere zlib does it all
     import isal
     from isal import isal_zlib
 except ImportError:
-    isal = isal_zlib = None  # type: ignore[assignment]
+    isal = isal_zlib = None
 
 __version__ = "0.1.0"
 
-#: zlib's level -> ISA-L's level that makes streams no larger.
+#: zlib's level -> ISA-L's level that makes streams of its size.
 ISAL_LEVELS = {1: 2, 2: 3} if isal_zlib else {}
 #: A sync flush ends every payload of QEMU.
 FLUSH_MARKER = b"\x00\x00\xff\xff"
@@ -58,7 +60,7 @@ class _Decoder:
 
 @hookimpl
 def multifd_compressor() -> Facts:
-    return Facts("zlib", "zlib", METHODS["zlib"], "deflate, levels 0-9", range(0, 10), 1)
+    return Facts("zlib", "zlib", METHODS["zlib"], "deflate, levels 0-9", range(10), 1)
 
 
 @hookimpl
@@ -71,12 +73,8 @@ def multifd_probe() -> Probe:
 @hookimpl
 def multifd_send_setup(channel: Channel) -> None:
     level = 1 if channel.level is None else channel.level
-    stream: _Deflate
-    if level in ISAL_LEVELS:
-        stream = isal_zlib.compressobj(ISAL_LEVELS[level])
-    else:
-        stream = zlib.compressobj(level)
-    channel.compress_data = stream
+    fast = ISAL_LEVELS.get(level)
+    channel.compress_data = zlib.compressobj(level) if fast is None else isal_zlib.compressobj(fast)
 
 
 @hookimpl
