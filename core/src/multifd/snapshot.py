@@ -88,7 +88,6 @@ class BlockFile:
         self.block = block
         self.path = path
         self._page_size = page_size
-        self._arrivals = Arrivals(block.used_length // page_size)
         self._again: list[tuple[int, bytes]] = []
         # Seen: a dozen repeats in 4096 pages; a peer that only repeats must not fill memory.
         self._again_limit = 1024 + block.used_length // page_size // 16
@@ -96,6 +95,7 @@ class BlockFile:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.ftruncate(self._fd, block.used_length)
+            self._arrivals = Arrivals(block.used_length // page_size)
         except OSError:
             os.close(self._fd)
             raise

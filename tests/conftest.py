@@ -1,0 +1,99 @@
+"""Shared by all tests: nothing is left behind, and in CI nothing is left out."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+OWN_CAPTURES = Path(__file__).with_name("captures")
+SHARED_CAPTURES = Path(__file__).parents[2] / "shared" / "captures"
+READABLE = ("none", "zlib", "zstd")
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One recorded migration of a real QEMU and what its manifest says of it."""
+
+    name: str
+    directory: Path
+    facts: dict[str, Any]
+
+    def files(self) -> list[bytes]:
+        """main, channel 0, channel 1, ...: unpacked."""
+        from streams import other_zstd
+
+        zstd = other_zstd()
+        paths = [self.directory / "main.bin.zst"]
+        paths += [self.directory / f"ch{number}.bin.zst" for number in range(self.facts["channels"])]
+        return [zstd.decompress(path.read_bytes()) for path in paths]
+
+
+def load_captures(folder: Path) -> dict[str, Capture]:
+    manifest = folder / "manifest.json"
+    if not manifest.exists():
+        return {}
+    entries = json.loads(manifest.read_text())["captures"]
+    return {
+        entry["name"]: Capture(entry["name"], folder / entry["name"], entry)
+        for entry in entries
+        if entry["compression"] in READABLE
+    }
+
+
+CAPTURES = {**load_captures(SHARED_CAPTURES), **load_captures(OWN_CAPTURES)}
+
+
+@pytest.fixture
+def own_capture() -> dict[str, Capture]:
+    return load_captures(OWN_CAPTURES)
+
+
+def descriptors() -> set[str]:
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found.add(f"{name} -> {os.readlink(f'/proc/self/fd/{name}')}")
+        except OSError:
+            continue
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Iterator[None]:
+    """No test may leave a thread or a descriptor."""
+    threads = set(threading.enumerate())
+    before = descriptors()
+    yield
+    assert set(threading.enumerate()) <= threads
+    assert descriptors() <= before
+
+
+@pytest.fixture
+def work() -> Iterator[Path]:
+    """A directory in memory: thousands of small snapshots are synced to it."""
+    import shutil
+    import tempfile
+
+    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    path = Path(tempfile.mkdtemp(prefix="multifd-test-", dir=base))
+    yield path
+    shutil.rmtree(path)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In CI a skip is a failure: nothing may be left out."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("MULTIFD_LEAVE_NOTHING_OUT") and reporter is not None and reporter.stats.get("skipped"):
+        session.exitstatus = 1
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if os.environ.get("MULTIFD_LEAVE_NOTHING_OUT") and terminalreporter.stats.get("skipped"):
+        terminalreporter.write_line("FAILED: tests were left out, and MULTIFD_LEAVE_NOTHING_OUT is set", red=True)

@@ -1,0 +1,146 @@
+"""Real sockets on the other side: a source that plays bytes, a destination that keeps them."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from multifd import migrate
+from multifd.errors import MultifdError
+
+TIMEOUT = 30
+
+
+def dial(uri: str) -> socket.socket:
+    scheme, _, rest = uri.partition(":")
+    if scheme == "unix":
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(rest)
+    else:
+        host, _, port = rest.rpartition(":")
+        sock = socket.create_connection((host.strip("[]"), int(port)))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.settimeout(TIMEOUT)
+    return sock
+
+
+def play(uri: str, streams: Sequence[bytes], piece: int, order: Sequence[int] | None = None) -> bytes:
+    """Be a source: one connection per stream, in this order, in pieces; what main was answered."""
+    order = range(len(streams)) if order is None else order
+    socks = {}
+    for number in order:
+        socks[number] = dial(uri)
+        socks[number].sendall(streams[number][: min(piece, 4)])
+
+    def write(number: int) -> None:
+        data = memoryview(streams[number])
+        with suppress(ConnectionError):
+            for at in range(min(piece, 4), len(data), piece):
+                socks[number].sendall(data[at : at + piece])
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in order]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    answer = b""
+    with suppress(ConnectionError):
+        while data := socks[0].recv(4096):
+            answer += data
+    for sock in socks.values():
+        sock.close()
+    return answer
+
+
+class Receiving:
+    """`migrate.receive` in a thread, on a socket of its own; `uri` is where it listens."""
+
+    def __init__(self, output: Path, uri: str = "tcp:127.0.0.1:0", **options: Any) -> None:
+        self.result: migrate.Result | None = None
+        self.error: MultifdError | None = None
+        self._listening = threading.Event()
+        self.uri = ""
+        options.setdefault("timeout", TIMEOUT)
+        self._thread = threading.Thread(target=self._run, args=(uri, output), kwargs=options)
+        self._thread.start()
+        assert self._listening.wait(TIMEOUT)
+
+    def _run(self, uri: str, output: Path, **options: Any) -> None:
+        def listening(where: str) -> None:
+            self.uri = where
+            self._listening.set()
+
+        try:
+            self.result = migrate.receive(uri, output, on_listening=listening, **options)
+        except MultifdError as error:
+            self.error = error
+        finally:
+            self._listening.set()
+
+    def join(self) -> migrate.Result:
+        """Its result; raises its error."""
+        self._thread.join(TIMEOUT)
+        assert not self._thread.is_alive(), "receive hangs"
+        if self.error is not None:
+            raise self.error
+        assert self.result is not None
+        return self.result
+
+
+class Keeping:
+    """A destination that keeps every byte per connection and confirms when told to."""
+
+    def __init__(self, channels: int, answer: bytes = b"\x00\x01\x00\x04\x00\x00\x00\x00") -> None:
+        self.answer = answer
+        self.main = b""
+        self.channels: dict[int, bytes] = {}
+        self._server = socket.create_server(("127.0.0.1", 0))
+        host, port = self._server.getsockname()
+        self.uri = f"tcp:{host}:{port}"
+        self._count = channels + 1
+        self.order: list[str] = []
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        threads = []
+        self._server.settimeout(TIMEOUT)
+        for _ in range(self._count):
+            sock, _ = self._server.accept()
+            sock.settimeout(TIMEOUT)
+            thread = threading.Thread(target=self._keep, args=(sock,))
+            thread.start()
+            threads.append(thread)
+        for thread in threads:
+            thread.join(TIMEOUT)
+        self._server.close()
+
+    def _keep(self, sock: socket.socket) -> None:
+        data = bytearray()
+        with sock:
+            while piece := sock.recv(1 << 20):
+                data += piece
+                if data[:4] == b"QEVM" and data[-1:] == b"}" and self.answer:
+                    sock.sendall(self.answer)
+        if data[:4] == b"QEVM":
+            self.main = bytes(data)
+        else:
+            self.channels[data[24]] = bytes(data)
+
+    def join(self) -> None:
+        self._thread.join(TIMEOUT)
+        assert not self._thread.is_alive()
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 10) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False

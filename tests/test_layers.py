@@ -1,0 +1,88 @@
+"""The tree: each module of core imports only what stands above it, and few touch the machine."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CORE = Path(__file__).parents[1] / "core" / "src" / "multifd"
+
+LAYERS = [
+    {"__init__"},
+    {"errors", "flags"},
+    {"wire"},
+    {"ram", "transport"},
+    {"hookspecs", "stream", "snapshot"},
+    {"nocomp", "plugins"},
+    {"send", "recv"},
+    {"migrate"},
+    {"inspect"},
+    {"cli"},
+    {"__main__"},
+]
+#: Names that only these modules may import.
+ROOMS = {
+    "socket": {"transport"},
+    "threading": {"send", "recv", "migrate"},
+    "pluggy": {"hookspecs", "plugins"},
+}
+
+
+def imports(module: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found |= {f"multifd.{name.name}" for name in node.names} if node.module == "multifd" else {str(node.module)}
+    return found
+
+
+def test_every_module_has_its_layer() -> None:
+    assert {path.stem for path in CORE.glob("*.py")} == set().union(*LAYERS)
+
+
+@pytest.mark.parametrize("module", sorted(set().union(*LAYERS)))
+def test_imports_go_upwards_only(module: str) -> None:
+    (level,) = (number for number, names in enumerate(LAYERS) if module in names)
+    above = set().union(*LAYERS[:level])
+    for name in imports(CORE / f"{module}.py"):
+        package, _, part = name.partition(".")
+        if package == "multifd" and part and part != "__version__":
+            assert part in above, f"{module} imports {name}"
+        elif package in ROOMS:
+            assert module in ROOMS[package], f"{module} imports {name}"
+
+
+def loaded_by(*arguments: str) -> set[str]:
+    code = (
+        "import sys\nfrom multifd.__main__ import main\n"
+        f"sys.argv = ['multifd', *{arguments!r}]\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print(*sys.modules, file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    return set(result.stderr.splitlines()[-1].split())
+
+
+def test_the_version_costs_nothing() -> None:
+    heavy = {"argparse", "pluggy", "socket", "json", "importlib.metadata", "multifd.cli", "multifd.plugins"}
+    assert not loaded_by("--version") & heavy
+
+
+def test_send_imports_no_compressor_but_its_own(tmp_path: Path) -> None:
+    image = tmp_path / "image.raw"
+    image.write_bytes(bytes(4096))
+    loaded = loaded_by("send", str(image), f"unix:{tmp_path}/nobody", "--compressor", "zlib")
+    assert "multifd_zlib" in loaded
+    assert not loaded & {"multifd_zstd", "zstandard", "multifd.recv.x"}
+
+
+def test_importing_a_plugin_touches_no_other() -> None:
+    code = "import sys, multifd_zstd\nassert not {'multifd_zlib', 'isal'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

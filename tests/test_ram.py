@@ -1,0 +1,101 @@
+"""Blocks, runs, zero pages, and which pages have come."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from multifd import ram
+from multifd.errors import PeerError
+from multifd.wire import RamPacket
+
+PAGE = 4096
+BLOCKS = {"pc.ram": ram.Block("pc.ram", 16 * PAGE), "big": ram.Block("big", 1 << 40)}
+
+
+def test_runs_join_neighbours_and_keep_the_order() -> None:
+    assert ram.runs([], PAGE) == []
+    assert ram.runs([PAGE], PAGE) == [(PAGE, PAGE)]
+    assert ram.runs([0, PAGE, 2 * PAGE], PAGE) == [(0, 3 * PAGE)]
+    assert ram.runs([8 * PAGE, 0, PAGE, 3 * PAGE], PAGE) == [(8 * PAGE, PAGE), (0, 2 * PAGE), (3 * PAGE, PAGE)]
+    assert ram.runs([PAGE, PAGE], PAGE) == [(PAGE, PAGE), (PAGE, PAGE)]
+    assert ram.runs([2 * PAGE, PAGE, 0], PAGE) == [(2 * PAGE, PAGE), (PAGE, PAGE), (0, PAGE)]
+    # Same first and last as a run, but not one.
+    assert ram.runs([0, 2 * PAGE, PAGE, 3 * PAGE], PAGE) == [(n * PAGE, PAGE) for n in (0, 2, 1, 3)]
+
+
+def test_runs_of_anything_give_the_offsets_back() -> None:
+    mix = random.Random(3)
+    for _ in range(300):
+        offsets = [mix.randrange(24) * PAGE for _ in range(mix.randrange(1, 40))]
+        found = ram.runs(offsets, PAGE)
+        assert [at for start, length in found for at in range(start, start + length, PAGE)] == offsets
+        assert all(start + length != after for (start, length), (after, _) in zip(found, found[1:], strict=False))
+
+
+@pytest.mark.parametrize("page_size", [4096, 16384, 65536])
+def test_zero_pages_are_found_whatever_byte_is_set(page_size: int) -> None:
+    count = ram.PACKET_SIZE // page_size
+    memory = memoryview(ram.packet_buffer())
+    assert list(ram.zero_indexes(memory, page_size)) == list(range(count))
+    for byte in (0, 1, 7, 8, page_size // 2, page_size - 1):
+        memory[3 * page_size + byte] = 1
+        assert list(ram.zero_indexes(memory, page_size)) == [index for index in range(count) if index != 3]
+        memory[3 * page_size + byte] = 0
+    memory[:] = b"\1" * len(memory)
+    assert list(ram.zero_indexes(memory, page_size)) == []
+    assert list(ram.zero_indexes(memory[: 2 * page_size], page_size)) == []
+
+
+def test_without_says_what_is_left() -> None:
+    assert ram.without([], 3) == [(0, 3)]
+    assert ram.without([0, 1, 2], 3) == []
+    assert ram.without([1, 4], 6) == [(0, 1), (2, 4), (5, 6)]
+
+
+def test_a_packet_is_checked_before_it_is_used() -> None:
+    def check(block: str, *offsets: int) -> ram.Block:
+        return ram.check_packet(BLOCKS, RamPacket(ramblock=block, normal=offsets[:1], zero=offsets[1:]), PAGE)
+
+    assert check("pc.ram", 0, 15 * PAGE) is BLOCKS["pc.ram"]
+    assert check("big", (1 << 40) - PAGE) is BLOCKS["big"]
+    with pytest.raises(PeerError, match=r"'vga.vram', the source listed pc.ram, big"):
+        check("vga.vram", 0)
+    with pytest.raises(PeerError, match="0x10 in pc.ram is not a multiple of the page size 4096"):
+        check("pc.ram", 0, 16)
+    with pytest.raises(PeerError, match="beyond the end of pc.ram"):
+        check("pc.ram", 0, 16 * PAGE)
+    with pytest.raises(PeerError, match="beyond the end"):
+        check("big", 0xFFFF_FFFF_FFFF_F000)
+
+
+def test_block_lists_that_no_source_sends() -> None:
+    with pytest.raises(PeerError, match="listed twice"):
+        ram.check_blocks([ram.Block("a", PAGE), ram.Block("a", PAGE)], PAGE)
+    for length in (0, 100, PAGE + 1):
+        with pytest.raises(PeerError, match=f"{length} bytes"):
+            ram.check_blocks([ram.Block("a", length)], PAGE)
+
+
+def test_arrivals_know_never_before_and_this_epoch() -> None:
+    pages = ram.Arrivals(8)
+    assert pages.missing() == (8, 0)
+    assert pages.mark(0, 4) == (False, set())
+    assert pages.mark(3, 2) == (True, {3})
+    assert pages.missing() == (3, 5)
+    pages.next_epoch()
+    assert not pages.this_epoch(3)
+    assert pages.mark(3, 1) == (True, set())
+    assert pages.this_epoch(3)
+
+
+def test_arrivals_stay_right_over_more_epochs_than_a_byte_counts() -> None:
+    pages = ram.Arrivals(3)
+    pages.mark(0, 1)
+    for epoch in range(1000):
+        pages.next_epoch()
+        assert not pages.this_epoch(0), epoch
+        assert pages.mark(1, 1)[1] == set(), epoch
+    assert pages.mark(0, 1) == (True, set())
+    assert pages.missing() == (1, 2)

@@ -1,0 +1,215 @@
+"""Snapshots: whole or not there, readable by other tools, checked when they are read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from multifd import snapshot
+from multifd.errors import CallerError, HostError, PeerError
+from multifd.ram import Block
+
+PAGE = 4096
+
+
+def page(fill: int) -> memoryview:
+    return memoryview(bytes([fill]) * PAGE)
+
+
+def make(path: Path, *blocks: Block) -> snapshot.SnapshotWriter:
+    writer = snapshot.SnapshotWriter(path, PAGE)
+    writer.create_blocks(blocks or [Block("pc.ram", 8 * PAGE)])
+    return writer
+
+
+def complete(writer: snapshot.SnapshotWriter) -> None:
+    writer.complete(b"\7\0\0\0\0", uuid=bytes(range(16)), machine="pc-q35-10.0", sync="round", transfer={})
+
+
+def test_it_appears_only_when_complete(work: Path) -> None:
+    path = work / "snap"
+    writer = make(path, Block("pc.ram", 8 * PAGE), Block("/rom@etc/acpi/tables", 2 * PAGE), Block("..", PAGE))
+    writer.blocks["pc.ram"].store(2 * PAGE, page(7))
+    writer.add_device_state(b"state")
+    assert not path.exists()
+    complete(writer)
+    index = json.loads((path / "snapshot.json").read_text())
+    assert index["uuid"] == "00010203-0405-0607-0809-0a0b0c0d0e0f"
+    assert (index["machine"], index["page_size"], index["sync"]) == ("pc-q35-10.0", PAGE, "round")
+    assert [block["idstr"] for block in index["blocks"]] == ["pc.ram", "/rom@etc/acpi/tables", ".."]
+    assert [block["used_length"] for block in index["blocks"]] == [8 * PAGE, 2 * PAGE, PAGE]
+    ram = path / index["blocks"][0]["file"]
+    assert ram.read_bytes() == bytes(2 * PAGE) + page(7) + bytes(5 * PAGE)
+    assert ram.stat().st_blocks * 512 <= 2 * PAGE, "zero pages take no room"
+    assert (path / index["device_state"]).read_bytes() == b"state"
+    assert (path / index["configuration"]).read_bytes() == b"\7\0\0\0\0"
+    assert index["blocks"][0]["sha256"] is None
+    writer.add_digests()
+    index = json.loads((path / "snapshot.json").read_text())
+    assert index["blocks"][0]["sha256"] == hashlib.sha256(ram.read_bytes()).hexdigest()
+    assert os.listdir(work) == ["snap"]
+
+
+def test_a_discarded_one_leaves_nothing(work: Path) -> None:
+    writer = make(work / "snap")
+    writer.blocks["pc.ram"].store(0, page(1))
+    writer.discard()
+    writer.discard()
+    assert os.listdir(work) == []
+
+
+def test_discard_keeps_what_was_completed(work: Path) -> None:
+    writer = make(work / "snap")
+    complete(writer)
+    writer.discard()
+    assert snapshot.open_source(work / "snap").machine == "pc-q35-10.0"
+
+
+@pytest.mark.parametrize("what", ["file", "full directory", "no parent"])
+def test_a_taken_name_is_refused_before_anything_is_written(work: Path, what: str) -> None:
+    path = work / "snap"
+    if what == "file":
+        path.write_text("mine")
+    elif what == "full directory":
+        path.mkdir()
+        (path / "mine").write_text("mine")
+    else:
+        path = work / "nowhere" / "snap"
+    before = sorted(work.rglob("*"))
+    with pytest.raises(CallerError, match=r"exists already: remove it|create it first"):
+        snapshot.SnapshotWriter(path, PAGE)
+    assert sorted(work.rglob("*")) == before
+
+
+def test_an_empty_directory_is_taken(work: Path) -> None:
+    (work / "snap").mkdir()
+    complete(make(work / "snap"))
+    assert (work / "snap" / "snapshot.json").exists()
+
+
+def test_a_name_taken_meanwhile_is_not_overwritten(work: Path) -> None:
+    writer = make(work / "snap")
+    (work / "snap").mkdir()
+    (work / "snap" / "mine").write_text("mine")
+    with pytest.raises(CallerError, match="appeared while"):
+        complete(writer)
+    writer.discard()
+    assert os.listdir(work / "snap") == ["mine"]
+
+
+def test_zero_pages_clear_what_came_before(work: Path) -> None:
+    writer = make(work / "snap")
+    ram = writer.blocks["pc.ram"]
+    ram.store(0, memoryview(bytes(page(5)) * 3))
+    writer.next_epoch()
+    ram.clear(PAGE, 7 * PAGE)
+    complete(writer)
+    assert ram.path.name == "0-pc.ram.raw"
+    assert (work / "snap" / "0-pc.ram.raw").read_bytes() == bytes(page(5)) + bytes(7 * PAGE)
+
+
+def test_pages_that_come_twice_in_an_epoch(work: Path) -> None:
+    """QEMU 7.2 repeats pages: the same content is fine, another has to come again."""
+    writer = make(work / "snap")
+    ram = writer.blocks["pc.ram"]
+    ram.store(0, memoryview(bytes(page(1)) * 4))
+    ram.store(PAGE, memoryview(bytes(page(1)) + bytes(page(9)) + bytes(page(1))))
+    ram.clear(0, PAGE)
+    writer.next_epoch()
+    assert ram.unsettled() == [0, 2 * PAGE]
+    ram.store(2 * PAGE, page(3))
+    writer.next_epoch()
+    assert ram.unsettled() == [0]
+    ram.store(0, page(4))
+    writer.next_epoch()
+    assert ram.unsettled() == []
+    assert ram.missing() == (4, 4 * PAGE)
+    writer.discard()
+
+
+def test_a_peer_that_only_repeats_fills_no_memory(work: Path) -> None:
+    writer = make(work / "snap")
+    ram = writer.blocks["pc.ram"]
+    with pytest.raises(PeerError, match="came twice between two SYNCs"):
+        for _ in range(100_000):
+            ram.store(0, page(1))
+    writer.discard()
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Any:
+    """A file system of 256 KiB."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(tmp_path)], check=False).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_full_disk_is_named(tiny_disk: Path) -> None:
+    writer = make(tiny_disk / "snap", Block("pc.ram", 1 << 20))
+    with pytest.raises(HostError, match="the disk is full: free some space"):
+        for number in range(256):
+            writer.blocks["pc.ram"].store(number * PAGE, page(1))
+    writer.discard()
+    assert os.listdir(tiny_disk) == []
+
+
+def test_a_block_no_file_can_hold(work: Path) -> None:
+    writer = snapshot.SnapshotWriter(work / "snap", PAGE)
+    with pytest.raises(HostError, match=r"larger than this file system|disk is full|Invalid|allocate"):
+        writer.create_blocks([Block("pc.ram", (1 << 63) - PAGE)])
+    writer.discard()
+    assert os.listdir(work) == []
+
+
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [(0, "is empty"), (PAGE + 1, "4097 bytes, which is not a multiple of the page size 4096"), (PAGE, None)],
+)
+def test_a_raw_image(tmp_path: Path, size: int, says: str | None) -> None:
+    image = tmp_path / "image.raw"
+    image.write_bytes(bytes(size))
+    if says is None:
+        (block,) = snapshot.open_source(image, block="mem").blocks
+        assert block.block == Block("mem", PAGE)
+    else:
+        with pytest.raises(CallerError, match=says):
+            snapshot.open_source(image)
+
+
+def test_what_is_no_source(tmp_path: Path) -> None:
+    with pytest.raises(CallerError, match="No such file"):
+        snapshot.open_source(tmp_path / "nothing")
+    with pytest.raises(CallerError, match=r"holds no snapshot\.json"):
+        snapshot.open_source(tmp_path)
+    with pytest.raises(CallerError, match="neither a file nor"):
+        snapshot.open_source("/dev/null")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"format": 2}, "format 2, this multifd reads 1"),
+        ({"page_size": 4095}, "make no sense"),
+        ({"sync": "never"}, "make no sense"),
+        ({"blocks": []}, "make no sense"),
+        ({"uuid": "x"}, "is damaged"),
+        ({"blocks": [{"idstr": "a"}]}, "is damaged: KeyError"),
+        ({"blocks": [{"idstr": "a", "used_length": PAGE, "file": "0-pc.ram.raw"}]}, r"32768 bytes, snapshot\.json says 4096"),
+        ({"blocks": [{"idstr": "a", "used_length": PAGE, "file": "/etc/passwd"}]}, "No such file"),
+        ({"configuration": "gone.bin"}, "gone.bin: No such file"),
+        (None, "is damaged"),
+    ],
+)
+def test_a_damaged_snapshot_is_refused(work: Path, change: dict[str, Any] | None, says: str) -> None:
+    complete(make(work / "snap"))
+    index = work / "snap" / "snapshot.json"
+    index.write_text("{" if change is None else json.dumps(json.loads(index.read_text()) | change))
+    with pytest.raises(CallerError, match=says):
+        snapshot.open_source(work / "snap")

@@ -1,0 +1,120 @@
+"""Packets: the layouts of the specification, and every bound a receiver must check."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+import streams
+
+from multifd import flags, wire
+from multifd.errors import PeerError
+
+
+@pytest.mark.parametrize(("page_size", "length"), [(1024, 4416), (4096, 1344), (8192, 832), (16384, 576), (65536, 384)])
+def test_header_length_follows_the_page_size(page_size: int, length: int) -> None:
+    assert wire.header_length(page_size) == length
+
+
+def test_init_packet_is_the_specifications() -> None:
+    assert wire.InitPacket(streams.UUID, 7).pack() == streams.init(7)
+    assert wire.InitPacket.unpack(streams.init(254)) == wire.InitPacket(streams.UUID, 254)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (streams.init(0, magic=0x5145564D), "magic 0x5145564d instead of 0x11223344"),
+        (streams.init(0, version=2), "multifd version 2, this side knows 1"),
+    ],
+)
+def test_wrong_init_packet_names_both_values(data: bytes, says: str) -> None:
+    with pytest.raises(PeerError, match=says):
+        wire.InitPacket.unpack(data)
+
+
+@pytest.mark.parametrize("page_size", [4096, 16384, 65536])
+@pytest.mark.parametrize("method", streams.METHODS)
+def test_ram_packet_is_the_specifications(page_size: int, method: str) -> None:
+    far = 5 << 30  # beyond 4 GiB
+    normal, zero = (far, 0, 3 * page_size), (far + page_size, 2 * page_size)
+    packet = wire.RamPacket(
+        streams.METHODS[method], packet_num=9, ramblock="/rom@etc/x", normal=normal, zero=zero, next_packet_size=321
+    )
+    by_hand = streams.packet(
+        normal, zero, block="/rom@etc/x", method=method, page_size=page_size, size=321, number=9
+    )
+    assert packet.pack(page_size) == by_hand
+    assert wire.RamPacket.unpack(by_hand, page_size) == packet
+
+
+def test_sync_packet_names_no_method_and_no_page() -> None:
+    assert wire.RamPacket(method=2, sync=True, packet_num=3).pack(4096) == streams.sync(number=3)
+
+
+def test_qemu_before_9_0_leaves_old_numbers_behind() -> None:
+    """QEMU 7.2: a SYNC with the previous packet's size, name and offsets, alloc 128."""
+    stale = streams.packet([4096] * 3, block="pc.ram", size=12288, flags=1, counts=(0, 0))
+    assert wire.RamPacket.unpack(stale, 4096) == wire.RamPacket(sync=True)
+    with_data = streams.packet([8192], size=77, flags=0x02 | 1)
+    packet = wire.RamPacket.unpack(with_data, 4096)
+    assert (packet.sync, packet.normal, packet.next_packet_size, packet.method) == (True, (8192,), 77, 1)
+
+
+def test_unknown_flag_bits_are_ignored() -> None:
+    assert wire.RamPacket.unpack(streams.packet([0], size=1, flags=0x04 | 0xFFFFFF80), 4096).method == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (streams.packet([0], magic=0x11223345), "magic 0x11223345 instead of 0x11223344"),
+        (streams.packet([0], version=0), "version 0"),
+        (streams.packet([0], alloc=129), "129 pages, 128 of 4096 bytes fit"),
+        (streams.packet([0], alloc=0), "1 normal and 0 zero pages, but has room for 0"),
+        (streams.packet([0], counts=(129, 0)), "129 normal"),
+        (streams.packet([0], counts=(100, 29)), "100 normal and 29 zero pages, but has room for 128"),
+        (streams.packet([0], counts=(0xFFFFFFFF, 1)), "4294967295 normal"),
+        (streams.packet([0], block="x" * 256), "name is not ended"),
+        (streams.packet([0], block=""), "name is empty"),
+    ],
+)
+def test_a_lying_header_is_refused(data: bytes, says: str) -> None:
+    with pytest.raises(PeerError, match=says):
+        wire.RamPacket.unpack(data[: wire.header_length(4096)], 4096)
+
+
+def test_too_many_pages_are_not_packed() -> None:
+    with pytest.raises(ValueError, match="129 pages"):
+        wire.RamPacket(normal=tuple(range(0, 129 * 4096, 4096)), ramblock="r").pack(4096)
+
+
+def device_state(flag: int = 0x40, name: bytes = b"0000:01:00.0/vfio", size: int = 5) -> bytes:
+    return struct.pack(">III256sII", streams.MAGIC, 1, flag, name, 3, size)
+
+
+def test_device_state_packet() -> None:
+    packet = wire.DeviceStatePacket("0000:01:00.0/vfio", 3, 5)
+    assert packet.pack() == device_state()
+    assert wire.DeviceStatePacket.unpack(device_state()) == packet
+    assert wire.is_device_state(device_state()[:12])
+    assert not wire.is_device_state(streams.sync()[:12])
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [(device_state(0x41), "SYNC"), (device_state(size=0), "without data"), (device_state(name=b"x" * 256), "not end")],
+)
+def test_wrong_device_state_packets(data: bytes, says: str) -> None:
+    with pytest.raises(PeerError, match=says):
+        wire.DeviceStatePacket.unpack(data)
+
+
+@pytest.mark.parametrize(
+    ("word", "now", "at_9_1", "at_9_0"),
+    [(0x00, 0, 0, 0), (0x02, 1, 1, 1), (0x04, 2, 2, 2), (0x08, 4, 4, 4), (0x10, 8, 8, 0), (0x20, 16, 0, 0), (0x3E, 31, 15, 7)],
+)
+def test_method_number_by_the_width_of_the_field(word: int, now: int, at_9_1: int, at_9_0: int) -> None:
+    assert flags.method_number(word | 0x41) == now
+    assert flags.method_number(word | 0x41, flags.COMPRESSION_MASK_9_1) == at_9_1
+    assert flags.method_number(word | 0x41, flags.COMPRESSION_MASK_5_0) == at_9_0
