@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from multifd.migrate import OnProgress, Progress, Result
 
 SOURCE_HELP = "a raw memory image, or a snapshot's directory"
+WAKE_SECONDS = 0.25
 URI_HELP = "tcp:HOST:PORT or unix:PATH"
 
 
@@ -32,7 +33,11 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     warnings.showwarning = _show_warning
     warnings.simplefilter("always", RuntimeWarning)
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    # A signal that comes just before a lock or a read blocks is seen only when that returns.
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, WAKE_SECONDS, WAKE_SECONDS)
     gc.freeze()  # what was imported lives to the end: do not look through it again and again
     try:
         code: int = arguments.run(arguments)
@@ -60,8 +65,9 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     _say(f"warning: {message}")
 
 
-def _terminate(number: int, _: object) -> NoReturn:
-    raise SystemExit(128 + number)
+def _stop(number: int, _: object) -> NoReturn:
+    signal.signal(number, signal.SIG_DFL)  # who asks twice does not want to wait for cleaning up
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -420,8 +420,8 @@ class _Arrivals:
 
     def _spawn(self, action: Callable[[], None]) -> None:
         thread = threading.Thread(target=action, name="multifd-recv", daemon=True)
-        self._threads.append(thread)
         thread.start()
+        self._threads.append(thread)
 
     def _accept(self) -> None:
         assert self._listener is not None

@@ -129,7 +129,8 @@ class Parser:
 
     `sync` is the mode once the first RAM section told it: `round` where it holds
     MULTIFD_FLUSH (machine types 8.1 and newer), else `section`.  `description` is the VM
-    description once the stream has come to its end.
+    description once the stream has come to its end.  `inside` says that the bytes so far end
+    inside something, so that more is due; between sections a source may be silent.
     """
 
     def __init__(self, page_size: int | None = None) -> None:
@@ -137,6 +138,7 @@ class Parser:
         self.page_size = page_size or DEFAULT_PAGE_SIZE
         self.sync = ""
         self.description: dict[str, Any] | None = None
+        self.inside = True
         self._buffer = bytearray()
         self._position = 0
         self._consumed = 0
@@ -165,11 +167,6 @@ class Parser:
     def complete(self) -> bool:
         """Whether the stream so far ends with its description."""
         return self.description is not None
-
-    @property
-    def inside(self) -> bool:
-        """Whether the bytes so far end inside something of the RAM part, so that more is due."""
-        return not self._in_device_state and self._position < len(self._buffer)
 
     def end(self, *, description_required: bool = True) -> None:
         """The connection ended.  Raises PeerError unless it may end here.
@@ -212,6 +209,13 @@ class Parser:
         data = yield from self._take(1)
         return data[0]
 
+    def _kind(self) -> Generator[None, None, int]:
+        """The byte that opens the next part."""
+        self.inside = False
+        kind = yield from self._byte()
+        self.inside = True
+        return kind
+
     def _name(self) -> Generator[None, None, str]:
         length = yield from self._byte()
         data = yield from self._take(length)
@@ -243,7 +247,8 @@ class Parser:
                     break
             else:
                 yield from self._refuse_section(kind)
-            kind = yield from self._byte()
+            kind = yield from self._kind()
+        self.inside = False
         self._in_device_state = True
         yield RamEnd()
         while True:
@@ -256,7 +261,7 @@ class Parser:
 
     def _configuration(self) -> Generator[Event | None, None, int]:
         """The configuration section; returns the byte after it, which opens the next."""
-        kind = yield from self._byte()
+        kind = yield from self._kind()
         if kind != Section.CONFIGURATION:
             raise self._wrong(f"section type {kind:#04x} where the configuration should be: machine with no type?")
         length = yield from self._number(U32)
@@ -265,7 +270,7 @@ class Parser:
         name = yield from self._take(length)
         raw = bytearray([kind]) + U32.pack(length) + name
         page_size = uuid = None
-        while (kind := (yield from self._byte())) == Section.SUBSECTION:
+        while (kind := (yield from self._kind())) == Section.SUBSECTION:
             subsection = yield from self._name()
             version = yield from self._number(U32)
             if version != 1:

@@ -6,7 +6,6 @@ written by one thread at a time; `interrupt` may come from any thread.
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
 import socket
@@ -138,8 +137,11 @@ class SocketConnection:
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            # A host that vanished: data not acknowledged for this long ends the connection.
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, int(silence.timeout * 1000)))
+            # A host that vanished.  Not TCP_USER_TIMEOUT: it also ends a peer that is merely slow.
+            probe = max(1, int(silence.timeout / 4))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, probe)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, probe)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
         # Not settimeout(): that polls before each call and forgoes MSG_WAITALL.
         seconds, fraction = divmod(silence.interval, 1)
         interval = struct.pack("@ll", int(seconds), max(1000, int(fraction * 1e6)))
@@ -197,7 +199,7 @@ class SocketConnection:
                 self._silence.check("the other side does not read", awaited=True)
                 continue
             except OSError as error:
-                if isinstance(error, ConnectionError) or error.errno == errno.ETIMEDOUT:
+                if isinstance(error, ConnectionError):
                     raise Lost("the other side closed the connection") from error
                 raise HostError(f"{self.name}: {error.strerror}") from error
             self.bytes_written += count
@@ -334,7 +336,17 @@ class RecordedConnection:
         self.name = path.name
         self.bytes_read = 0
         self.bytes_written = 0
-        self._file = _open_recorded(path)
+        self._file: BinaryIO
+        try:
+            self._raw = self._file = open(path, "rb")  # noqa: SIM115 - closed by close()
+        except OSError as error:
+            raise CallerError(f"{path}: {error.strerror}") from error
+        if path.suffix == ".zst":
+            reader = _zstd_reader(self._raw)
+            if reader is None:
+                self._raw.close()
+                raise HostError(f"{path} is compressed with zstd: pip install zstandard, or unpack it with `zstd -d`")
+            self._file = reader
 
     def read_first(self, view: memoryview, deadline: float) -> int:  # noqa: ARG002 - a file never waits
         try:
@@ -374,20 +386,7 @@ class RecordedConnection:
 
     def close(self) -> None:
         self._file.close()
-
-
-def _open_recorded(path: Path) -> BinaryIO:
-    try:
-        file = open(path, "rb")  # noqa: SIM115 - the connection closes it
-    except OSError as error:
-        raise CallerError(f"{path}: {error.strerror}") from error
-    if path.suffix != ".zst":
-        return file
-    unpacked = _zstd_reader(file)
-    if unpacked is None:
-        file.close()
-        raise HostError(f"{path} is compressed with zstd: pip install zstandard, or unpack it with `zstd -d`")
-    return unpacked
+        self._raw.close()
 
 
 def _zstd_reader(file: BinaryIO) -> BinaryIO | None:

@@ -30,6 +30,7 @@ __version__ = "0.1.0"
 
 #: zlib's level -> ISA-L's level that makes streams of its size.
 ISAL_LEVELS = {1: 2, 2: 3} if isal_zlib else {}
+ERRORS = (zlib.error, isal_zlib.error) if isal_zlib else (zlib.error,)
 #: A sync flush ends every payload of QEMU.
 FLUSH_MARKER = b"\x00\x00\xff\xff"
 #: What a flush adds after a page's last symbol is shorter than this: the end of the block (15
@@ -110,7 +111,7 @@ def multifd_recv(channel: Channel, pages: memoryview) -> None:
         if not more:
             done += _inflate(stream, payload[split:], pages[done:])
             more = done == len(pages) and stream.decompress(stream.unconsumed_tail, 1) != b""
-    except (zlib.error, ValueError) as error:  # isal's error is a ValueError before 1.8
+    except ERRORS as error:
         raise CompressorError(f"the payload is not zlib's: {error}") from error
     if more:
         raise CompressorError(f"the payload of {size} bytes holds more than its {len(pages)} bytes of pages")

@@ -28,6 +28,9 @@ __version__ = "0.1.0"
 #: The largest window a decoder of QEMU takes, and what level 20 may ask for.
 MAX_WINDOW = 1 << 27
 FRAME_MAGIC = 0xFD2FB528
+#: What decodes to nothing: inside a frame, and between two.
+EMPTY_BLOCK = bytes(3)
+EMPTY_FRAME = struct.pack("<II", 0x184D2A50, 0)
 
 #: Level -> settings that make 2 to 7 % fewer bytes of real memory in the same time as its own
 #: (level 1: min_match 7, hash_log 14), measured on the bench's image and on system libraries.
@@ -75,18 +78,17 @@ class _PayloadUsedUp(Exception):
 
 @dataclass(slots=True)
 class _Payload:
-    """One packet's payload, as a file for the stream reader; raises at its end.
+    """One packet's payload and a block of nothing, as a file for the stream reader.
 
-    An empty read would mean the end of the stream, for good.
+    Raises at its end: an empty read would mean the end of the stream, for good.
     """
 
-    data: memoryview | None = None
+    parts: list[Buffer] = field(default_factory=list)
 
-    def read(self, _: int = -1) -> memoryview:
-        data, self.data = self.data, None
-        if data is None:
+    def read(self, _: int = -1) -> Buffer:
+        if not self.parts:
             raise _PayloadUsedUp
-        return data
+        return self.parts.pop(0)
 
 
 @dataclass(slots=True)
@@ -152,7 +154,8 @@ def multifd_recv(channel: Channel, pages: memoryview) -> None:
     payload = decoder.payload[: channel.next_packet_size]
     channel.read_into(payload)
     decoder.blocks.walk(payload)
-    decoder.source.data = payload
+    # The library gives out what it holds back only when it gets more input.
+    decoder.source.parts = [payload, EMPTY_BLOCK if decoder.blocks.in_frame else EMPTY_FRAME]
     try:
         decoder.reader.readinto(pages)
     except _PayloadUsedUp:

@@ -1,0 +1,207 @@
+"""none, zlib and zstd through their hooks: round trips, levels, bombs, cleanup."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import sysconfig
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import streams
+
+from multifd import plugins
+from multifd.errors import CompressorError
+from multifd.hookspecs import Channel
+
+NAMES = ["none", "zlib", "zstd"]
+PAGE = 4096
+
+
+class Pair:
+    """A sending and a receiving channel of one compressor, joined by memory."""
+
+    def __init__(self, name: str, page_size: int = PAGE, **settings: str) -> None:
+        self.compressor = plugins.select(name)
+        self.sender = self.compressor.channel(0, page_size, self.compressor.settings(settings, sending=True))
+        self.receiver = self.compressor.channel(0, page_size, self.compressor.settings({}, sending=False))
+        self.compressor.hook.multifd_send_setup(channel=self.sender)
+        self.compressor.hook.multifd_recv_setup(channel=self.receiver)
+
+    def encode(self, runs: Sequence[bytes]) -> bytes:
+        pages = [memoryview(run).toreadonly() for run in runs]
+        return b"".join(self.compressor.hook.multifd_send_prepare(channel=self.sender, pages=pages))
+
+    def decode(self, payload: bytes, length: int) -> bytes:
+        return decode(self.compressor, self.receiver, payload, length)
+
+    def close(self) -> None:
+        for _ in range(2):
+            self.compressor.cleanup("send", self.sender)
+            self.compressor.cleanup("recv", self.receiver)
+
+
+def decode(compressor: plugins.Compressor, channel: Channel, payload: bytes, length: int) -> bytes:
+    left = memoryview(payload)
+
+    def read_into(wanted: memoryview) -> None:
+        nonlocal left
+        wanted[:] = left[: len(wanted)]
+        left = left[len(wanted) :]
+
+    channel.next_packet_size = len(payload)
+    channel.bind(read_into)
+    pages = memoryview(bytearray(b"\xaa" * length))
+    compressor.hook.multifd_recv(channel=channel, pages=pages)
+    assert not left
+    return bytes(pages)
+
+
+def contents(mix: random.Random, page_size: int) -> list[bytes]:
+    kinds = [
+        lambda: bytes(page_size),
+        lambda: mix.randbytes(page_size),
+        lambda: streams.pattern(mix.randrange(1000), page_size),
+        lambda: mix.randbytes(64) * (page_size // 64),
+    ]
+    return [mix.choice(kinds)() for _ in range(mix.randrange(1, 512 * 1024 // page_size + 1))]
+
+
+@pytest.mark.parametrize("page_size", [4096, 16384, 65536])
+@pytest.mark.parametrize("name", NAMES)
+def test_many_packets_on_one_stream(name: str, page_size: int) -> None:
+    pair = Pair(name, page_size)
+    mix = random.Random(page_size)
+    for _ in range(40):
+        pages = contents(mix, page_size)
+        split = mix.randrange(len(pages) + 1)
+        runs = [b"".join(part) for part in (pages[:split], pages[split:]) if part]
+        payload = pair.encode(runs if mix.random() < 0.5 else pages)
+        assert pair.decode(payload, len(pages) * page_size) == b"".join(pages)
+    pair.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "levels"), [("zlib", range(10)), ("zstd", [-100, -5, -1, 0, 1, 2, 3, 6, 10, 15, 19, 20])]
+)
+def test_levels_mean_what_their_users_expect(name: str, levels: Sequence[int]) -> None:
+    """Another implementation decodes each; more effort makes no more bytes; 0 stores in zlib."""
+    stdlib = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    pages = b"".join(path.read_bytes() for path in stdlib)[: 2 * 512 * 1024]
+    packets = [pages[: 512 * 1024], pages[512 * 1024 :]]
+    sizes = {}
+    for level in levels:
+        pair = Pair(name, level=str(level))
+        payloads = [pair.encode([packet]) for packet in packets]
+        other = streams.PageDecoder(name)
+        assert b"".join(b"".join(other.decode(payload, 128, PAGE)) for payload in payloads) == pages
+        sizes[level] = sum(map(len, payloads))
+        pair.close()
+    if name == "zlib":
+        assert len(pages) < sizes[0] < len(pages) * 1.001, "level 0 stores"
+        assert sizes[9] <= sizes[6] < sizes[3] < sizes[1]
+        assert sizes[2] <= sizes[1] * 1.03, "both ISA-L's"
+    else:
+        assert sizes[20] <= sizes[10] <= sizes[1] * 1.02
+        assert sizes[1] < sizes[-5] < sizes[-100]
+        assert abs(sizes[0] - sizes[3]) < 100, "0 is the library's default"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_random_pages_grow_little(name: str) -> None:
+    pair = Pair(name)
+    data = random.Random(8).randbytes(512 * 1024)
+    assert len(pair.encode([data])) <= len(data) * 1.001 + 100
+    pair.close()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cleanup_without_set_up_and_after_a_failure(name: str) -> None:
+    compressor = plugins.select(name)
+    for _ in range(2):
+        compressor.cleanup("send", Channel(0, PAGE))
+        compressor.cleanup("recv", Channel(0, PAGE))
+    pair = Pair(name)
+    with pytest.raises(CompressorError):
+        pair.decode(b"\xff" * 100, PAGE)
+    pair.close()
+
+
+def test_channels_do_not_share_anything() -> None:
+    """Four channels of each compressor in threads of their own."""
+    failures: list[BaseException] = []
+
+    def run(name: str, seed: int) -> None:
+        try:
+            pair = Pair(name)
+            mix = random.Random(seed)
+            for _ in range(15):
+                pages = contents(mix, PAGE)
+                assert pair.decode(pair.encode(pages), len(pages) * PAGE) == b"".join(pages)
+            pair.close()
+        except BaseException as error:  # noqa: BLE001 - counted below
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(name, seed)) for name in NAMES for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failures
+
+
+BOMB = """
+import re, sys, zlib
+sys.path.insert(0, {tests!r})
+import streams, test_codecs
+from multifd import plugins
+from multifd.errors import CompressorError
+
+name = sys.argv[1]
+content = bytes(1 << 30)
+first = b"x" * 4096
+if name == "zlib":
+    stream = zlib.compressobj(9)
+    warm = stream.compress(first) + stream.flush(zlib.Z_SYNC_FLUSH)
+    bomb = stream.compress(content) + stream.flush(zlib.Z_SYNC_FLUSH)
+else:
+    zstd = streams.other_zstd()
+    options = {{zstd.CompressionParameter.compression_level: 1, zstd.CompressionParameter.window_log: 27}}
+    stream = zstd.ZstdCompressor(options=options)
+    warm = stream.compress(first, mode=stream.FLUSH_BLOCK)
+    bomb = stream.compress(content, mode=stream.FLUSH_BLOCK)
+assert len(bomb) <= 1 << 20, len(bomb)
+del content, stream
+
+compressor = plugins.select(name)
+channel = compressor.channel(0, 4096, compressor.settings({{}}, sending=False))
+compressor.hook.multifd_recv_setup(channel=channel)
+assert test_codecs.decode(compressor, channel, warm, 4096) == first
+
+def memory(what):
+    return int(re.search(what + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+
+open("/proc/self/clear_refs", "w").write("5")
+before = memory("VmRSS")
+try:
+    test_codecs.decode(compressor, channel, bomb, 512 * 1024)
+except CompressorError as error:
+    assert "holds more" in str(error), error
+else:
+    raise SystemExit("the bomb was taken")
+print((memory("VmHWM") - before) / 1024)
+"""
+
+
+@pytest.mark.parametrize("name", ["zlib", "zstd"])
+def test_a_bomb_costs_less_than_8_mib(name: str) -> None:
+    """A payload of at most 1 MiB that decodes to 1 GiB, in the middle of a stream."""
+    tests = str(streams.__file__).rpartition("/")[0]
+    result = subprocess.run(
+        [sys.executable, "-c", BOMB.format(tests=tests), name], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) < 8
