@@ -5,13 +5,15 @@ Nothing here comes from multifd, so that it can judge multifd.
 
 from __future__ import annotations
 
+import importlib
 import json
 import struct
-import threading
+import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 METHODS = {"none": 0, "zlib": 1, "zstd": 2, "qpl": 4, "uadk": 8, "qatzip": 16}
 UUID = bytes(range(16))
@@ -172,13 +174,9 @@ def encode(method: str, data: bytes) -> bytes:
     return bytes(compressor.compress(data, mode=zstd.ZstdCompressor.FLUSH_BLOCK))
 
 
-def other_zstd():  # type: ignore[no-untyped-def]
+def other_zstd() -> Any:
     """A zstd that is not the plugin's: Python's own, or its backport."""
-    try:
-        from compression import zstd
-    except ImportError:
-        from backports import zstd
-    return zstd
+    return importlib.import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
 
 
 class PageDecoder:
@@ -238,7 +236,7 @@ def read_source(main: bytes, channels: Sequence[bytes], method: str) -> Decoded:
     body = _read_main(main, found)
     found.device_state = body
     numbers = set()
-    packet_nums = set()
+    packet_nums: set[int] = set()
     for data in channels:
         magic, version, uuid, number = struct.unpack_from(">II16sB", data)
         assert (magic, version) == (MAGIC, 1)
@@ -259,13 +257,13 @@ def _read_main(data: bytes, found: Decoded) -> bytes:
     found.machine = data[13 : 13 + length].decode()
     at = 13 + length
     while data[at] == 5:
-        name = data[at + 2 : at + 2 + data[at + 1]]
-        at += 2 + len(name) + 4
-        if name == b"configuration/target-page-bits":
+        subsection = data[at + 2 : at + 2 + data[at + 1]]
+        at += 2 + len(subsection) + 4
+        if subsection == b"configuration/target-page-bits":
             found.page_size = 1 << struct.unpack_from(">I", data, at)[0]
             at += 4
         else:
-            assert name == b"configuration/uuid"
+            assert subsection == b"configuration/uuid"
             at += 16
     block = ""
     while True:
@@ -359,23 +357,3 @@ def _read_channel(data: bytes, found: Decoded, decoder: PageDecoder, packet_nums
         found.normal += normal
         found.packet_zero += zero
     return syncs
-
-
-def in_threads(*actions) -> None:  # type: ignore[no-untyped-def]
-    """Run each in a thread; the first error is raised here."""
-    errors: list[BaseException] = []
-
-    def guarded(action) -> None:  # type: ignore[no-untyped-def]
-        try:
-            action()
-        except BaseException as error:  # noqa: BLE001 - raised below
-            errors.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(action,)) for action in actions]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive(), "hangs"
-    if errors:
-        raise errors[0]

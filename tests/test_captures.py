@@ -8,11 +8,11 @@ import json
 import struct
 from pathlib import Path
 
-import peers
 import pytest
+
+import peers
 import streams
 from conftest import CAPTURES, OWN_CAPTURES, SHARED_CAPTURES, Capture, load_captures
-
 from multifd import migrate
 from multifd.errors import MultifdError
 from multifd.inspect import inspect

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
 import streams
 from conftest import OWN_CAPTURES
 from peers import eventually
@@ -74,7 +75,9 @@ def test_for_people(work: Path) -> None:
     with receiving(work, "--no-digest") as (child, uri):
         sent = run("send", work / "image.raw", uri, "--block", "mem")
         received, _ = child.communicate(timeout=30)
-    assert re.fullmatch(r"sent 3.9 MiB in .* s \(.*/s\): 1000 pages, \d+ of them zero; .* 2 channels, none\n", sent.stdout)
+    assert re.fullmatch(
+        r"sent 3.9 MiB in .* s \(.*/s\): 1000 pages, \d+ of them zero; .* 2 channels, none\n", sent.stdout
+    )
     assert f"into {work}/snap: 1000 pages" in received
     assert json.loads((work / "snap" / "snapshot.json").read_text())["blocks"][0]["sha256"] is None
     shown = run("inspect", work / "snap").stdout
@@ -102,7 +105,9 @@ def test_inspect_a_cut_recording_says_how_it_ended(work: Path) -> None:
 def test_compressors() -> None:
     rows = {row["name"]: row for row in json.loads(run("compressors", "--json").stdout)}
     assert rows["zstd"]["available"]
-    assert re.search(r"^zlib +zlib +1 +software +zlib\+ISA-L .*\[multifd-zlib ", run("compressors").stdout, re.M)
+    assert re.search(
+        r"^zlib +zlib +1 +software +zlib\+ISA-L .*\[multifd-zlib ", run("compressors").stdout, re.MULTILINE
+    )
 
 
 def test_version() -> None:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import streams
 
+import streams
 from multifd import plugins
 from multifd.errors import CompressorError
 from multifd.hookspecs import Channel

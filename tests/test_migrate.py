@@ -9,14 +9,14 @@ import subprocess
 import time
 from pathlib import Path
 
-import peers
 import pytest
-import streams
-from test_send import image
 
+import peers
+import streams
 from multifd import migrate
 from multifd.errors import CallerError, MultifdError, PeerError
 from multifd.snapshot import open_source
+from test_send import image
 
 
 def memory(snapshot: Path) -> list[bytes]:

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from multifd import hookspecs, plugins
-from multifd.errors import CompressorError, HostError, UsageError
+from multifd.errors import HostError, UsageError
 
 GOOD = """
 from multifd.hookspecs import Facts, Option, Probe, hookimpl
 @hookimpl
 def multifd_compressor():
-    return Facts("{name}", "{method}", {flag}, "for a test", range(1, 4), 2, (Option("fast", True, "h"), Option("n", 3, "h")))
+    return Facts("{name}", "{method}", {flag}, "for a test", range(1, 4), 2, (Option("fast", True, "h"),))
 @hookimpl
 def multifd_probe():
     return Probe(True, "lib", "1.0", hardware={hardware})
@@ -94,8 +94,16 @@ def test_broken_plugins_are_rows_with_their_reason(site: Site, monkeypatch: pyte
     site.install("liar", GOOD.format(name="other", method="other", flag=30, hardware=False))
     site.install("badflag", GOOD.format(name="badflag", method="badflag", flag=3, hardware=False))
     site.install("zlib-x", GOOD.format(name="zlib-x", method="zlib", flag=2, hardware=False))
-    site.install("future", GOOD.format(name="future", method="future", flag=30, hardware=False).replace('"h")))', '"h")), api_version=9)'))
-    site.install("typo", GOOD.format(name="typo", method="typo", flag=30, hardware=False) + "@hookimpl\ndef multifd_prepare(x): pass\n")
+    site.install(
+        "future",
+        GOOD.format(name="future", method="future", flag=30, hardware=False).replace(
+            '"h"),))', '"h"),), api_version=9)'
+        ),
+    )
+    site.install(
+        "typo",
+        GOOD.format(name="typo", method="typo", flag=30, hardware=False) + "@hookimpl\ndef multifd_prepare(x): pass\n",
+    )
     rows = site.rows()
     reasons = {name: row["reason"] for name, row in rows.items() if not row["available"]}
     assert reasons.pop("raises") == "raises (multifd-raises 1.0): import failed: RuntimeError: no such device really"
@@ -158,12 +166,16 @@ def test_a_packets_flag_finds_the_best_available(site: Site) -> None:
 
 def test_one_that_is_not_available_says_why(site: Site) -> None:
     code = GOOD.format(name="card", method="card", flag=31, hardware=True)
-    site.install("card", code.replace('Probe(True, "lib", "1.0"', 'Probe(False, reason="no device", install="plug one in"'))
+    site.install(
+        "card", code.replace('Probe(True, "lib", "1.0"', 'Probe(False, reason="no device", install="plug one in"')
+    )
     assert "card (multifd-card 1.0) is not available: no device; plug one in" in site.error("plugins.select('card')")
 
 
 def test_a_name_nobody_provides() -> None:
-    with pytest.raises(HostError, match="no compressor is named 'zlbi'; installed: none, zlib, zstd: did you mean zlib"):
+    with pytest.raises(
+        HostError, match="no compressor is named 'zlbi'; installed: none, zlib, zstd: did you mean zlib"
+    ):
         plugins.load("zlbi")
     with pytest.raises(UsageError, match="'adaptive' is reserved"):
         plugins.load("adaptive")
@@ -173,7 +185,9 @@ def test_without_the_plugin_the_message_has_the_pip_command(monkeypatch: pytest.
     monkeypatch.setattr(plugins, "_entry_points", dict)
     with pytest.raises(HostError, match="pip install multifd-zstd"):
         plugins.load("zstd")
-    with pytest.raises(HostError, match="packets are zlib, and no compressor for it is installed: pip install multifd-zlib"):
+    with pytest.raises(
+        HostError, match="packets are zlib, and no compressor for it is installed: pip install multifd-zlib"
+    ):
         plugins.select_for_flag(1)
 
 
@@ -195,7 +209,11 @@ def compressor() -> plugins.Compressor:
     class Plugin:
         @hookspecs.hookimpl
         def multifd_compressor(self) -> hookspecs.Facts:
-            options = (hookspecs.Option("fast", True, "h"), hookspecs.Option("n", 3, "h"), hookspecs.Option("s", "x", "h"))
+            options = (
+                hookspecs.Option("fast", True, "h"),
+                hookspecs.Option("n", 3, "h"),
+                hookspecs.Option("s", "x", "h"),
+            )
             return hookspecs.Facts("toy", "toy", 31, "h", range(1, 4), 2, options)
 
         @hookspecs.hookimpl

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 
 from multifd import ram
 from multifd.errors import PeerError
+from multifd.flags import PACKET_SIZE
 from multifd.wire import RamPacket
 
 PAGE = 4096
@@ -31,12 +33,12 @@ def test_runs_of_anything_give_the_offsets_back() -> None:
         offsets = [mix.randrange(24) * PAGE for _ in range(mix.randrange(1, 40))]
         found = ram.runs(offsets, PAGE)
         assert [at for start, length in found for at in range(start, start + length, PAGE)] == offsets
-        assert all(start + length != after for (start, length), (after, _) in zip(found, found[1:], strict=False))
+        assert all(start + length != after for (start, length), (after, _) in pairwise(found))
 
 
 @pytest.mark.parametrize("page_size", [4096, 16384, 65536])
 def test_zero_pages_are_found_whatever_byte_is_set(page_size: int) -> None:
-    count = ram.PACKET_SIZE // page_size
+    count = PACKET_SIZE // page_size
     memory = memoryview(ram.packet_buffer())
     assert list(ram.zero_indexes(memory, page_size)) == list(range(count))
     for byte in (0, 1, 7, 8, page_size // 2, page_size - 1):

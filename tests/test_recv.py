@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import streams
 
+import streams
 from multifd import migrate
 from multifd.errors import CompressorError, HostError, MultifdError, PeerError, UsageError
 
@@ -35,7 +35,9 @@ def forget(work: Path) -> None:
     (work / "snap").rmdir()
 
 
-def refused(work: Path, stream: streams.Stream, says: str | None = None, error: type[MultifdError] = MultifdError) -> None:
+def refused(
+    work: Path, stream: streams.Stream, says: str | None = None, error: type[MultifdError] = MultifdError
+) -> None:
     with pytest.raises(error, match=says) as caught:
         receive(work, stream)
     assert "\n" not in str(caught.value)
@@ -187,7 +189,10 @@ DEVICE_PACKET = struct.pack(">III256sII", streams.MAGIC, 1, 0x40, b"vfio", 0, 4)
         (DEVICE_PACKET, "VFIO devices cannot be taken"),
         (streams.sync(SIZE) + data(0), "SYNCs and|never came"),
         (b"", "4 pages of pc.ram never came, the first at 0x0"),
-        (streams.packet([0], page_size=SIZE, payload=bytes(SIZE)), "3 pages of pc.ram never came, the first at 0x10000"),
+        (
+            streams.packet([0], page_size=SIZE, payload=bytes(SIZE)),
+            "3 pages of pc.ram never came, the first at 0x10000",
+        ),
         (data(0, method="zlib", payload=b"\x78\x9c" + bytes(50)), "packet 0: zlib: "),
         (data(0, method="zstd", payload=bytes(50)), "packet 0: zstd: .*magic 0x00000000"),
     ],

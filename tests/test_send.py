@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import threading
 from pathlib import Path
 
-import peers
 import pytest
-import streams
 
+import peers
+import streams
 from multifd import migrate
 from multifd.errors import CallerError, CompressorError, HostError, MultifdError, PeerError, UsageError
 from multifd.snapshot import open_source
@@ -26,13 +27,17 @@ def image(path: Path, pages: int, page_size: int, seed: int = 1) -> bytes:
     return content
 
 
-def send(work: Path, source: Path, compressor: str = "none", **options: object) -> tuple[streams.Decoded, migrate.Result]:
+def send(
+    work: Path, source: Path, compressor: str = "none", **options: object
+) -> tuple[streams.Decoded, migrate.Result]:
     channels = int(options.get("channels", 2))  # type: ignore[call-overload]
     there = peers.Keeping(channels)
     page_size = options.pop("page_size", None)
     result = migrate.send(open_source(source, page_size=page_size), there.uri, compressor, **options)  # type: ignore[arg-type]
     there.join()
-    found = streams.read_source(there.main, [there.channels[n] for n in range(channels)], compressor.split(",")[0])
+    found = streams.read_source(
+        there.main, [there.channels[n] for n in range(channels)], compressor.split(",", maxsplit=1)[0]
+    )
     assert found.commands == [1, 2]
     assert found.syncs == [2] * channels
     assert found.markers == 2
@@ -42,7 +47,9 @@ def send(work: Path, source: Path, compressor: str = "none", **options: object) 
     return found, result
 
 
-@pytest.mark.parametrize("compressor", ["none", "zlib", "zlib,level=0", "zlib,level=6", "zstd", "zstd,level=19", "zstd,level=-3"])
+@pytest.mark.parametrize(
+    "compressor", ["none", "zlib", "zlib,level=0", "zlib,level=6", "zstd", "zstd,level=19", "zstd,level=-3"]
+)
 @pytest.mark.parametrize("zero_pages", ["multifd", "legacy", "none"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_raw_image(work: Path, compressor: str, zero_pages: str, channels: int) -> None:
@@ -52,7 +59,7 @@ def test_a_raw_image(work: Path, compressor: str, zero_pages: str, channels: int
     assert bytes(found.blocks["pc.ram"]) == content
     assert found.uuids == {bytes(16)}
     assert found.flushes == 2
-    assert found.methods == {streams.METHODS[compressor.split(",")[0]]}
+    assert found.methods == {streams.METHODS[compressor.split(",", maxsplit=1)[0]]}
     assert (found.main_zero, found.packet_zero, found.normal_but_zero) == {
         "multifd": (0, zero, 0), "legacy": (zero, 0, 0), "none": (0, 0, zero)
     }[zero_pages]  # fmt: skip
@@ -101,7 +108,9 @@ def test_a_snapshot_keeps_its_state_uuid_and_mode(work: Path, sync: str) -> None
     assert (found.main_zero, found.packet_zero) == (1, 0), "legacy is right for every destination"
 
 
-def fails(work: Path, there: str, says: str, error: type[MultifdError], compressor: str = "none", **options: object) -> None:
+def fails(
+    work: Path, there: str, says: str, error: type[MultifdError], compressor: str = "none", **options: object
+) -> None:
     if not (work / "image.raw").exists():
         image(work / "image.raw", 4000, 4096)
     options.setdefault("timeout", 1)
@@ -139,7 +148,7 @@ class Deaf:
         self.server = socket.create_server(("127.0.0.1", 0))
         self.uri = f"tcp:127.0.0.1:{self.server.getsockname()[1]}"
         self.socks: list[socket.socket] = []
-        self.job = peers.threading.Thread(target=self.run, args=(connections, close))
+        self.job = threading.Thread(target=self.run, args=(connections, close))
         self.job.start()
 
     def run(self, connections: int, close: bool) -> None:
@@ -197,7 +206,13 @@ def test_a_source_that_shrinks_while_it_is_sent(work: Path) -> None:
     path = work / "image.raw"
     image(path, 8000, 4096)
     there = Deaf(3, close=False)
-    job = peers.threading.Thread(target=lambda: (there.job.join(), os.truncate(path, 4096), drain(there)))
+
+    def shrink() -> None:
+        there.job.join()
+        os.truncate(path, 4096)
+        drain(there)
+
+    job = threading.Thread(target=shrink)
     job.start()
     fails(work, there.uri, r"image.raw shrank to \d+ bytes while it was sent; it had 32768000", HostError, timeout=20)
     job.join()
@@ -205,7 +220,7 @@ def test_a_source_that_shrinks_while_it_is_sent(work: Path) -> None:
 
 def drain(there: Deaf) -> None:
     """Let the sender go on, now that its file is short."""
-    threads = [peers.threading.Thread(target=lambda sock=sock: swallow(sock)) for sock in there.socks]
+    threads = [threading.Thread(target=lambda sock=sock: swallow(sock)) for sock in there.socks]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -250,5 +265,12 @@ def test_a_payload_no_receiver_takes_is_not_sent(work: Path, monkeypatch: pytest
 
     monkeypatch.setattr(migrate, "select", lambda name: plugins.Compressor(name, Huge(), "test 1"))
     there = peers.Keeping(2, b"")
-    fails(work, there.uri, r"channel \d: huge made 1048577 bytes of \d+ bytes of pages", CompressorError, "huge", timeout=9)
+    fails(
+        work,
+        there.uri,
+        r"channel \d: huge made 1048577 bytes of \d+ bytes of pages",
+        CompressorError,
+        "huge",
+        timeout=9,
+    )
     there.join()

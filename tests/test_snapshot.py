@@ -201,7 +201,10 @@ def test_what_is_no_source(tmp_path: Path) -> None:
         ({"blocks": []}, "make no sense"),
         ({"uuid": "x"}, "is damaged"),
         ({"blocks": [{"idstr": "a"}]}, "is damaged: KeyError"),
-        ({"blocks": [{"idstr": "a", "used_length": PAGE, "file": "0-pc.ram.raw"}]}, r"32768 bytes, snapshot\.json says 4096"),
+        (
+            {"blocks": [{"idstr": "a", "used_length": PAGE, "file": "0-pc.ram.raw"}]},
+            r"32768 bytes, snapshot\.json says 4096",
+        ),
         ({"blocks": [{"idstr": "a", "used_length": PAGE, "file": "/etc/passwd"}]}, "No such file"),
         ({"configuration": "gone.bin"}, "gone.bin: No such file"),
         (None, "is damaged"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import struct
 
 import pytest
+
 import streams
 from conftest import CAPTURES, Capture
-
 from multifd import stream
 from multifd.errors import PeerError
 from multifd.ram import Block
@@ -110,7 +110,10 @@ def ram(*blocks: tuple[str, int], **options: int) -> bytes:
         (ram() + b"\x02" + struct.pack(">I", 2), r"section 2 is not RAM's \(1\)"),
         (ram() + b"\x02" + struct.pack(">IQ", 1, 0x40), "RAM flags 0x40 are unknown"),
         (ram() + b"\x02" + struct.pack(">I", 1) + streams.zero_word(0), "there was none"),
-        (ram() + b"\x02" + struct.pack(">I", 1) + streams.zero_word(0, "nope"), "'nope', which the source did not list"),
+        (
+            ram() + b"\x02" + struct.pack(">I", 1) + streams.zero_word(0, "nope"),
+            "'nope', which the source did not list",
+        ),
         (ram() + b"\x02" + struct.pack(">I", 1) + streams.zero_word(1 << 20, "pc.ram"), "beyond the end of pc.ram"),
         (ram() + b"\x02" + struct.pack(">I", 1) + streams.zero_word(0, "pc.ram")[:-1] + b"\x01", "filled with 0x01"),
         (ram() + b"\x02" + struct.pack(">I", 1) + streams.EOS + b"\x7e" + struct.pack(">I", 7), "footer of section 1"),
@@ -118,7 +121,10 @@ def ram(*blocks: tuple[str, int], **options: int) -> bytes:
         (ram(("a", 8192), total=1 << 12), "does not add up to its total"),
         (ram(("a", 4096), ("a", 4096)), "listed twice"),
         (ram(("a", 0), ("b", 4096)), "0 bytes"),
-        (head() + b"\x01" + struct.pack(">I", 1) + b"\x03ram" + struct.pack(">II", 0, 4) + streams.EOS, "lists no blocks"),
+        (
+            head() + b"\x01" + struct.pack(">I", 1) + b"\x03ram" + struct.pack(">II", 0, 4) + streams.EOS,
+            "lists no blocks",
+        ),
     ],
 )
 def test_what_no_migration_sends_is_refused(data: bytes, says: str) -> None:
@@ -163,7 +169,7 @@ def test_the_description_is_found_by_its_length() -> None:
             found = stream.find_description(tail)
             assert found is not None
             assert len(found["a"]) == length - 8
-    assert stream.find_description(b'\0\6\0\0\0\3{}') is None
+    assert stream.find_description(b"\0\6\0\0\0\3{}") is None
     assert stream.find_description(b"\0\6\0\0\0\2[]") is None
     assert stream.find_description(b"}") is None
 
@@ -175,7 +181,9 @@ def test_what_the_writer_makes_another_reader_takes(sync: str, page_size: int) -
     blocks = [Block("pc.ram", 6 << 30), Block("vga", 16 * page_size)]
     far = 5 << 30
     data = writer.head() + writer.open_return_path() + writer.ram_start(blocks) + writer.ram_end()
-    data += writer.zero_pages("pc.ram", [0, far]) + writer.zero_pages("vga", [page_size]) + writer.zero_pages("vga", [0])
+    data += (
+        writer.zero_pages("pc.ram", [0, far]) + writer.zero_pages("vga", [page_size]) + writer.zero_pages("vga", [0])
+    )
     data += writer.ram_close() + writer.end()
     events, parser = events_of(data)
     assert parser.sync == sync

@@ -5,8 +5,8 @@ from __future__ import annotations
 import struct
 
 import pytest
-import streams
 
+import streams
 from multifd import flags, wire
 from multifd.errors import PeerError
 
@@ -41,9 +41,7 @@ def test_ram_packet_is_the_specifications(page_size: int, method: str) -> None:
     packet = wire.RamPacket(
         streams.METHODS[method], packet_num=9, ramblock="/rom@etc/x", normal=normal, zero=zero, next_packet_size=321
     )
-    by_hand = streams.packet(
-        normal, zero, block="/rom@etc/x", method=method, page_size=page_size, size=321, number=9
-    )
+    by_hand = streams.packet(normal, zero, block="/rom@etc/x", method=method, page_size=page_size, size=321, number=9)
     assert packet.pack(page_size) == by_hand
     assert wire.RamPacket.unpack(by_hand, page_size) == packet
 
@@ -112,7 +110,15 @@ def test_wrong_device_state_packets(data: bytes, says: str) -> None:
 
 @pytest.mark.parametrize(
     ("word", "now", "at_9_1", "at_9_0"),
-    [(0x00, 0, 0, 0), (0x02, 1, 1, 1), (0x04, 2, 2, 2), (0x08, 4, 4, 4), (0x10, 8, 8, 0), (0x20, 16, 0, 0), (0x3E, 31, 15, 7)],
+    [
+        (0x00, 0, 0, 0),
+        (0x02, 1, 1, 1),
+        (0x04, 2, 2, 2),
+        (0x08, 4, 4, 4),
+        (0x10, 8, 8, 0),
+        (0x20, 16, 0, 0),
+        (0x3E, 31, 15, 7),
+    ],
 )
 def test_method_number_by_the_width_of_the_field(word: int, now: int, at_9_1: int, at_9_0: int) -> None:
     assert flags.method_number(word | 0x41) == now

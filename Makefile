@@ -1,0 +1,29 @@
+# Each target does its own set-up: python3 (3.11 or newer) with its venv module is all it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+PACKAGES := core plugins/zlib plugins/zstd
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/ready
+	$(BIN)/python tools/demo.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: .venv/ready
+	$(BIN)/python tools/bench.py
+
+.venv/ready: requirements-dev.txt $(PACKAGES:%=%/pyproject.toml)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "multifd needs Python 3.11 or newer")'
+	$(PYTHON) -m venv .venv || { echo "python3 came without venv: install the package python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt $(PACKAGES:%=-e ./%)
+	touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
