@@ -72,6 +72,7 @@ def both(work: Path, theirs: dict[str, object], mine: dict[str, object], compres
 
 def test_methods_that_differ(work: Path) -> None:
     sender, receiver = both(work, {}, {"compressor": "zlib"}, "zstd")
+    assert receiver.startswith("channel ")
     assert receiver.endswith("the sender uses zstd, this side expects zlib: start both with the same --compressor")
     assert "Here: compressor zstd, 2 channels, page size 4096" in sender
 

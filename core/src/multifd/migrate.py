@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from multifd.errors import CallerError, MultifdError, PeerError, UsageError
@@ -159,32 +160,31 @@ def send(
         started = time.monotonic()
         main = connect(target, silence)
         cleanup.callback(main.close)
-        writer = Writer(source.page_size, sync)
-        # Main first, and its first bytes at once: a destination before 8.0 goes by order alone,
-        # and one that peeks is blocked until they come.
-        main.write([writer.head(source.configuration), writer.open_return_path()])
         connections: list[SocketConnection] = []
-        for number in range(channels):
-            connection = connect(target, silence)
-            cleanup.callback(connection.close)
-            connections.append(connection)
-            connection.write([InitPacket(uuid or source.uuid, number).pack()])
-        engine = SendChannels(connections, chosen, settings, source.page_size, zero_pages)
         total = sum(file.block.used_length for file in files) // source.page_size
 
         def wire_bytes() -> int:
             return main.bytes_written + sum(connection.bytes_written for connection in connections)
 
-        def report() -> None:
+        def report(show: OnProgress) -> None:
             _, normal, zero = engine.counts
-            done = normal + zero
-            if on_progress is not None:
-                seconds = time.monotonic() - started
-                on_progress(Progress(seconds, done, total, done * source.page_size, wire_bytes()))
+            pages = normal + zero
+            show(Progress(time.monotonic() - started, pages, total, pages * source.page_size, wire_bytes()))
 
-        if on_progress is not None:
-            cleanup.enter_context(_every(0.5, report))
         try:
+            writer = Writer(source.page_size, sync)
+            # Main first, and its first bytes at once: a destination before 8.0 goes by order alone,
+            # and one that peeks is blocked until they come.
+            main.write([writer.head(source.configuration), writer.open_return_path()])
+            for number in range(channels):
+                connection = connect(target, silence)
+                cleanup.callback(connection.close)
+                connections.append(connection)
+                connection.write([InitPacket(uuid or source.uuid, number).pack()])
+            engine = SendChannels(connections, chosen, settings, source.page_size, zero_pages)
+            cleanup.callback(engine.stop)
+            if on_progress is not None:
+                cleanup.enter_context(_every(0.5, partial(report, on_progress)))
             _send_all(source, files, main, writer, engine, zero_pages)
             _wait_for_confirmation(main, silence)
         except (Lost, _Refused) as error:
@@ -192,15 +192,10 @@ def send(
                 f"{error}: the destination's own message says why.  Here: compressor {compressor}, {channels} "
                 f"channels, page size {source.page_size}; method, channels and page size must be the same there"
             ) from error
-        finally:
-            # Also wakes the channels' threads where something failed.
-            engine.stop()
         packets, normal, zero = engine.counts
-        seconds = time.monotonic() - started
-    pages = normal + zero
-    return Result(
-        round(seconds, 6), normal, zero, wire_bytes(), pages * source.page_size, packets, channels, chosen.name
-    )
+        pages = normal + zero
+        seconds = round(time.monotonic() - started, 6)
+        return Result(seconds, normal, zero, wire_bytes(), pages * source.page_size, packets, channels, chosen.name)
 
 
 def _open_block(block: Block, path: Path, cleanup: ExitStack) -> SourceFile:
@@ -242,13 +237,13 @@ def _next_data(fd: int, offset: int, length: int) -> int:
 def _send_all(
     source: Source, files: list[SourceFile], main: Connection, writer: Writer, engine: SendChannels, zero_pages: str
 ) -> None:
+    def write_zeros(idstr: str, offsets: Sequence[int]) -> None:
+        main.write([writer.zero_pages(idstr, offsets)])
+
     main.write([writer.ram_start(file.block for file in files)])
-    engine.epoch((), on_zeros=_no_zeros)
+    engine.epoch((), write_zeros)
     main.write([writer.ram_end()])
-    engine.epoch(
-        _batches(files, read_holes=zero_pages == "none"),
-        on_zeros=lambda idstr, offsets: main.write([writer.zero_pages(idstr, offsets)]),
-    )
+    engine.epoch(_batches(files, read_holes=zero_pages == "none"), write_zeros)
     main.write([writer.ram_close()])
     if source.device_state is None:
         main.write([writer.end()])
@@ -259,10 +254,6 @@ def _send_all(
                 main.write([data])
     except OSError as error:
         raise CallerError(f"{source.device_state}: {error.strerror}") from error
-
-
-def _no_zeros(idstr: str, offsets: Sequence[int]) -> None:
-    raise AssertionError(f"{idstr} has pages in an epoch without batches: {offsets}")
 
 
 class _Refused(PeerError):
@@ -318,29 +309,31 @@ def receive(
     codecs = Codecs(Spec.parse(compressor) if compressor else None)
     silence = Silence(timeout, idle_timeout)
     with ExitStack() as cleanup:
+        recorded: list[Connection] = []
+        listener = None
         if source.scheme == "recording":
             main, others = open_recording(source.path)
-            connections: list[Connection] = [main, *others]
-            for connection in connections:
+            recorded = [main, *others]
+            for connection in recorded:
                 cleanup.callback(connection.close)
             if channels not in (None, len(others)):
                 raise UsageError(f"{uri} has {len(others)} channels, not {channels}: leave --channels out")
-            arrivals = _Arrivals(None, len(others), codecs, silence)
-            cleanup.callback(arrivals.close)
-            for connection in connections:
-                arrivals.take(connection)
+            channels = len(others)
         else:
             channels = DEFAULT_CHANNELS if channels is None else channels
             _check_channels(channels)
             listener = Listener(source)
             cleanup.callback(listener.close)
-            arrivals = _Arrivals(listener, channels, codecs, silence)
-            cleanup.callback(arrivals.close)
+        arrivals = _Arrivals(listener, channels, codecs, silence)
+        job = _Receiver(arrivals, path, page_size, description_required, missing_allowed)
+        cleanup.callback(job.close)  # after the threads that write to its files
+        cleanup.callback(arrivals.close)
+        if listener is not None:
             if on_listening is not None:
                 on_listening(str(listener.uri))
             arrivals.start()
-        job = _Receiver(arrivals, path, page_size, description_required, missing_allowed)
-        cleanup.callback(job.close)
+        for connection in recorded:
+            arrivals.take(connection)
         if on_progress is not None:
             cleanup.enter_context(_every(0.5, lambda: on_progress(job.progress())))
         result = job.run(first_timeout)
@@ -360,7 +353,6 @@ class _Arrivals:
         self._changed = threading.Condition()
         # Guarded by the condition:
         self._main: Connection | None = None
-        self._first: float | None = None
         self._over = False
         self._connections: list[Connection] = []
         self._threads: list[threading.Thread] = []
@@ -376,38 +368,46 @@ class _Arrivals:
                 connection.close()
                 return
             self._connections.append(connection)
-            self._first = self._first or time.monotonic()
             self._changed.notify_all()
             self._spawn(lambda: self._serve(connection))
 
     def main(self, first_timeout: float | None) -> Connection:
         """Wait for the main channel.  Raises PeerError where it does not come in time."""
         with self._changed:
-            self._changed.wait_for(lambda: self._first is not None, first_timeout)
-            if self._first is None:
-                raise PeerError(f"nobody connected within {first_timeout:g} s (--timeout)")
-            self._changed.wait_for(lambda: self._main is not None or self._over, self.silence.timeout)
-            self.channels.raise_failure()
-            if self._main is None:
-                raise PeerError(
-                    f"{len(self._connections)} connections came, none of them a main channel, within "
-                    f"{self.silence.timeout:g} s (--timeout)"
-                )
-            return self._main
+            while self._main is None and not self._over:
+                if not self._connections:
+                    if not self._changed.wait_for(lambda: self._connections or self._over, first_timeout):
+                        raise PeerError(f"nobody connected within {first_timeout:g} s (--timeout)")
+                elif not self._changed.wait_for(self._main_or_nobody, self.silence.timeout):
+                    raise PeerError(
+                        f"{len(self._connections)} connections came, none of them a main channel, within "
+                        f"{self.silence.timeout:g} s (--timeout)"
+                    )
+            main = self._main
+        self.channels.raise_failure()
+        assert main is not None
+        return main
 
-    def close(self) -> None:
-        """Stop accepting, wake and end all threads, close all connections."""
+    def _main_or_nobody(self) -> bool:
+        return self._main is not None or self._over or not self._connections
+
+    def stop(self) -> None:
+        """Stop accepting; end all threads.  The main channel stays open for the last word."""
         with self._changed:
             self._over = True
-            connections = list(self._connections)
+            others = [connection for connection in self._connections if connection is not self._main]
         if self._listener is not None:
             self._listener.interrupt()
         self.channels.stop()
-        for connection in connections:
+        for connection in others:
             connection.interrupt()
         for thread in self._threads:
             thread.join()
-        for connection in connections:
+
+    def close(self) -> None:
+        """Stop, and close all connections."""
+        self.stop()
+        for connection in self._connections:
             connection.close()
 
     def _wake(self) -> None:
@@ -442,6 +442,10 @@ class _Arrivals:
         if got < MAGIC.size:
             if not got and isinstance(connection, SocketConnection):
                 warnings.warn(f"{connection.name} closed without a byte: ignored", RuntimeWarning, stacklevel=1)
+                with self._changed:
+                    self._connections.remove(connection)
+                    self._changed.notify_all()
+                connection.close()
                 return
             raise PeerError(f"{connection.name} ended after {got} bytes: is it a migration?")
         (magic,) = MAGIC.unpack(view[: MAGIC.size])
@@ -500,6 +504,7 @@ class _Receiver:
         try:
             self._read(main)
             self._channels.finish(recorded=isinstance(main, RecordedConnection))
+            self._arrivals.stop()  # nobody writes any more
             return self._complete(main)
         except BaseException:
             if self._return_path:
@@ -535,9 +540,12 @@ class _Receiver:
         """What the next bytes complete; None at an end that is allowed."""
         try:
             data = main.read_some(MAIN_READ, due=self._parser.inside)
+        except MultifdError as error:
+            raise error.at("main channel") from error
+        # A channel that failed has ended this reading; its error is the one to tell.
+        self._channels.raise_failure()
+        try:
             if not data:
-                # A channel that failed has ended this reading; its error is the one to tell.
-                self._channels.raise_failure()
                 self._parser.end(description_required=self._description_required)
                 return None
             self._parser.feed(data)

@@ -263,7 +263,7 @@ class RecvChannels:
         header = bytearray(header_length(size))
         head = memoryview(header)
         pages = memoryview(packet_buffer())
-        while True:
+        while not self._over:
             try:
                 got = channel.connection.read_into(head, at_least=PREFIX.size)
                 if is_device_state(head[: PREFIX.size]):
