@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 import streams
-from multifd import migrate
+from multifd import migrate, plugins, recv
 from multifd.errors import CompressorError, HostError, MultifdError, PeerError, UsageError
+from multifd.hookspecs import Channel, Facts, hookimpl
 
 SIZE = 65536
 
@@ -401,3 +402,31 @@ def test_every_frame_that_qemu_takes_is_taken(work: Path, frames: str) -> None:
         body += streams.packet(offsets, page_size=SIZE, method="zstd", payload=payload)
     receive(work, with_packet(body))
     assert memory(work)["pc.ram"] == b"".join(pages)
+
+
+class Careless:
+    """A compressor that reads another number of bytes than the payload has."""
+
+    def __init__(self, reads: int) -> None:
+        self.reads = reads
+
+    @hookimpl
+    def multifd_compressor(self) -> Facts:
+        return Facts("careless", "careless", 31, "breaks the rules")
+
+    @hookimpl
+    def multifd_recv(self, channel: Channel) -> None:
+        channel.read_into(bytearray(channel.next_packet_size + self.reads))
+
+
+@pytest.mark.parametrize(
+    ("reads", "says"),
+    [
+        (-1, "1 of 7 payload bytes are left over"),
+        (1, r"careless \(test 1\) failed: ValueError: read_into of 8 bytes, 7 are left"),
+    ],
+)
+def test_a_compressor_must_read_its_payload(work: Path, monkeypatch: pytest.MonkeyPatch, reads: int, says: str) -> None:
+    compressor = plugins.Compressor("careless", Careless(reads), "test 1")
+    monkeypatch.setattr(recv, "select_for_flag", lambda _: compressor)
+    refused(work, with_packet(data(0, flags=31 << 1, payload=b"payload")), says)
