@@ -94,9 +94,10 @@ def test_inspect_says_what_the_manifest_says(capture: Capture) -> None:
     packets = facts["packets"]
     assert found["ended"] == "complete"
     assert (found["machine"], found["uuid"], found["channels"]) == (facts["machine"], facts["uuid"], facts["channels"])
-    assert found["methods"] == [facts["compression"]]
+    assert found["method"] == facts["compression"]
     assert (found["packets"], found["normal_pages"]) == (packets["packets"], packets["normal"])
     assert found["sync_points"] == facts["sync_points"]
+    assert found["syncs"] == packets["sync"]
     assert found["wire_bytes"] == sum(file["size"] for file in facts["files"])
     assert [(block["idstr"], block["used_length"]) for block in found["blocks"]] == [
         (block["name"], block["length"]) for block in facts["blocks"]

@@ -88,7 +88,7 @@ def test_for_people(work: Path) -> None:
 def test_inspect_a_recording() -> None:
     result = run("inspect", OWN_CAPTURES / "q72-none-2ch", "--json")
     found = json.loads(result.stdout)
-    assert (found["machine"], found["methods"], found["ended"]) == ("pc-q35-7.2", ["none"], "complete")
+    assert (found["machine"], found["method"], found["ended"]) == ("pc-q35-7.2", "none", "complete")
 
 
 def test_inspect_a_cut_recording_says_how_it_ended(work: Path) -> None:

@@ -268,8 +268,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
                     f"{'block':<19}{block['idstr']}: {block['used_length']} bytes" + (f", {digest}" if digest else "")
                 )
         elif value is not None:
-            text = ", ".join(value) if isinstance(value, list) else value
-            print(f"{key.replace('_', ' '):<19}{text}")
+            print(f"{key.replace('_', ' '):<19}{value}")
     return 0
 
 

@@ -54,7 +54,7 @@ def _snapshot(path: Path) -> dict[str, Any]:
         ],
         "device_state_bytes": source.device_state.stat().st_size if source.device_state else 0,
         "channels": transfer.get("channels"),
-        "methods": [transfer["compressor"]] if "compressor" in transfer else [],
+        "method": transfer.get("compressor"),
         "packets": transfer.get("packets"),
         "normal_pages": transfer.get("normal_pages"),
         "zero_pages": transfer.get("zero_pages"),
@@ -62,6 +62,7 @@ def _snapshot(path: Path) -> dict[str, Any]:
         "ratio": _ratio(transfer.get("memory_bytes", 0), wire),
         "rounds": transfer.get("rounds"),
         "sync_points": transfer.get("sync_points"),
+        "syncs": transfer.get("sync_points", 0) * transfer.get("channels", 0) or None,
         "ended": "complete" if transfer.get("description", True) else "complete, without a VM description",
     }
 
@@ -117,7 +118,7 @@ def _recording(path: Path) -> dict[str, Any]:
         "blocks": head["blocks"],
         "device_state_bytes": head["device_state_bytes"],
         "channels": len(channels),
-        "methods": sorted(methods),
+        "method": "+".join(sorted(methods)) or None,
         "packets": sum(tally.packets for tally in tallies),
         "normal_pages": normal,
         "zero_pages": zero,
@@ -126,6 +127,7 @@ def _recording(path: Path) -> dict[str, Any]:
         "ratio": _ratio((normal + zero) * parser.page_size, wire),
         "rounds": len(set().union(*(tally.busy for tally in every))),
         "sync_points": main_tally.syncs,
+        "syncs": sum(tally.syncs for tally in tallies),
         "ended": "; ".join(problems) or "complete",
     }
 
