@@ -34,7 +34,8 @@ class Process:
         _, status, usage = os.wait4(self.child.pid, 0)
         self.child.returncode = os.waitstatus_to_exitcode(status)
         if self.child.returncode:
-            sys.exit(f"{' '.join(self.child.args)} failed")  # type: ignore[arg-type]
+            errors = self.child.stderr.read() if self.child.stderr else ""
+            sys.exit(f"{' '.join(self.child.args)} failed {errors}")  # type: ignore[arg-type]
         self.cpu_seconds = usage.ru_utime + usage.ru_stime
         self.result = json.loads(text) if text.startswith("{") else {}
 

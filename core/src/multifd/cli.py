@@ -13,7 +13,8 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -33,14 +34,10 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     warnings.showwarning = _show_warning
     warnings.simplefilter("always", RuntimeWarning)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
-    # A signal that comes just before a lock or a read blocks is seen only when that returns.
-    signal.signal(signal.SIGALRM, lambda *_: None)
-    signal.setitimer(signal.ITIMER_REAL, WAKE_SECONDS, WAKE_SECONDS)
     gc.freeze()  # what was imported lives to the end: do not look through it again and again
     try:
-        code: int = arguments.run(arguments)
+        with _signals():
+            code: int = arguments.run(arguments)
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -63,6 +60,20 @@ def _say(text: str) -> None:
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     _say(f"warning: {message}")
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the command through its cleaning up."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    # A signal that comes just before a lock or a read blocks is seen only when that returns.
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, WAKE_SECONDS, WAKE_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)  # at exit Python gives SIGALRM back its deadly default
 
 
 def _stop(number: int, _: object) -> NoReturn:
