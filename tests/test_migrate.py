@@ -108,7 +108,7 @@ def test_a_main_channel_that_never_comes(work: Path) -> None:
     job = peers.Receiving(work / "snap", timeout=0.5)
     with peers.dial(job.uri) as channel:
         channel.sendall(streams.init(0))
-        refused(work, job, "1 connections came, none of them a main channel, within 0.5 s")
+        refused(work, job, "1 connection came, none of them a main channel, within 0.5 s")
 
 
 def test_nobody_comes(work: Path) -> None:

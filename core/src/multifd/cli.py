@@ -256,11 +256,12 @@ def _report(arguments: argparse.Namespace, verb: str, result: Result, more: dict
         return
     rate = result.memory_bytes / max(result.seconds, 1e-9)
     pages = result.normal_pages + result.zero_pages
+    channels = f"{result.channels} channel{'s' * (result.channels != 1)}"
     target = f" into {more['snapshot']}" if more else ""
     print(
         f"{verb} {_bytes(result.memory_bytes)} in {result.seconds:.2f} s ({_bytes(rate)}/s){target}: {pages} pages, "
         f"{result.zero_pages} of them zero; {_bytes(result.wire_bytes)} on the wire (ratio "
-        f"{result.memory_bytes / max(result.wire_bytes, 1):.2f}), {result.channels} channels, {result.compressor}"
+        f"{result.memory_bytes / max(result.wire_bytes, 1):.2f}), {channels}, {result.compressor}"
     )
 
 

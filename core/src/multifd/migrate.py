@@ -50,6 +50,7 @@ from multifd.transport import (
     RecordedConnection,
     Silence,
     SocketConnection,
+    Stalled,
     Uri,
     connect,
     open_recording,
@@ -94,6 +95,10 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _check_channels(channels: int) -> None:
@@ -187,10 +192,10 @@ def send(
                 cleanup.enter_context(_every(0.5, partial(report, on_progress)))
             _send_all(source, files, main, writer, engine, zero_pages)
             _wait_for_confirmation(main, silence)
-        except (Lost, _Refused) as error:
+        except (Lost, Stalled, _Refused) as error:
             raise PeerError(
-                f"{error}: the destination's own message says why.  Here: compressor {compressor}, {channels} "
-                f"channels, page size {source.page_size}; method, channels and page size must be the same there"
+                f"{error}: the destination's own message says why.  Here: compressor {compressor}, "
+                f"{_counted(channels, 'channel')}, page size {source.page_size}; all three must fit over there"
             ) from error
         packets, normal, zero = engine.counts
         pages = normal + zero
@@ -380,7 +385,7 @@ class _Arrivals:
                         raise PeerError(f"nobody connected within {first_timeout:g} s (--timeout)")
                 elif not self._changed.wait_for(self._main_or_nobody, self.silence.timeout):
                     raise PeerError(
-                        f"{len(self._connections)} connections came, none of them a main channel, within "
+                        f"{_counted(len(self._connections), 'connection')} came, none of them a main channel, within "
                         f"{self.silence.timeout:g} s (--timeout)"
                     )
             main = self._main

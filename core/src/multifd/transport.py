@@ -34,6 +34,10 @@ class Ended(PeerError):
         self.got = got
 
 
+class Stalled(PeerError):
+    """Nothing moved for too long."""
+
+
 class Lost(HostError):
     """The other side closed the connection while we wrote to it."""
 
@@ -85,13 +89,13 @@ class Silence:
         return min(self.timeout, self.idle_timeout or self.timeout)
 
     def check(self, doing: str, awaited: bool) -> None:
-        """Raises PeerError where the silence has lasted too long."""
+        """Raises Stalled where the silence has lasted too long."""
         silent = time.monotonic() - self.last
         # The kernel's timer may fire a little early.
         if awaited and silent >= self.timeout * 0.99:
-            raise PeerError(f"{doing}: nothing moved for {self.timeout:g} s (--timeout)")
+            raise Stalled(f"{doing}: nothing moved for {self.timeout:g} s (--timeout)")
         if self.idle_timeout is not None and silent >= self.idle_timeout * 0.99:
-            raise PeerError(f"{doing}: nothing came for {self.idle_timeout:g} s (--idle-timeout)")
+            raise Stalled(f"{doing}: nothing came for {self.idle_timeout:g} s (--idle-timeout)")
 
 
 class Connection(Protocol):
