@@ -217,7 +217,7 @@ def none_lines(report: Report, image: Path, output: Path, packets: Sequence[Pack
     ours: list[float] = []
     bares: dict[str, list[float]] = {"scatter": [], "write": []}
     bare_loop(image, bare_file, packets, "scatter")
-    for _ in range(runs):
+    for _ in range(3 * runs):  # a third of a second each: more of them, or the machine's noise is what counts
         for how, found in bares.items():
             found.append(bare_loop(image, bare_file, packets, how))
         source, _ = transfer(image, output, "none")
