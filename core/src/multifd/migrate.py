@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from multifd.errors import CallerError, MultifdError, PeerError, UsageError
+from multifd.errors import CallerError, HostError, MultifdError, PeerError, UsageError
 from multifd.flags import MULTIFD_MAGIC, PACKET_SIZE, VM_FILE_MAGIC, Command
 from multifd.plugins import Spec, select
 from multifd.ram import Block, runs
@@ -182,7 +182,7 @@ def send(
             # and one that peeks is blocked until they come.
             main.write([writer.head(source.configuration), writer.open_return_path()])
             for number in range(channels):
-                connection = connect(target, silence)
+                connection = _connect_channel(target, silence, number)
                 cleanup.callback(connection.close)
                 connections.append(connection)
                 connection.write([InitPacket(uuid or source.uuid, number).pack()])
@@ -201,6 +201,14 @@ def send(
         pages = normal + zero
         seconds = round(time.monotonic() - started, 6)
         return Result(seconds, normal, zero, wire_bytes(), pages * source.page_size, packets, channels, chosen.name)
+
+
+def _connect_channel(target: Uri, silence: Silence, number: int) -> SocketConnection:
+    try:
+        return connect(target, silence)
+    except HostError as error:
+        # It took the main channel, so it is there, and has gone away since.
+        raise Lost(f"channel {number}: {error}") from error
 
 
 def _open_block(block: Block, path: Path, cleanup: ExitStack) -> SourceFile:
