@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -430,3 +432,27 @@ def test_a_compressor_must_read_its_payload(work: Path, monkeypatch: pytest.Monk
     compressor = plugins.Compressor("careless", Careless(reads), "test 1")
     monkeypatch.setattr(recv, "select_for_flag", lambda _: compressor)
     refused(work, with_packet(data(0, flags=31 << 1, payload=b"payload")), says)
+
+
+def test_a_block_that_claims_8_tib_costs_no_memory(work: Path) -> None:
+    main = (
+        streams.FILE_HEADER
+        + streams.configuration()
+        + streams.ram_start([("pc.ram", 8 << 40)])
+        + streams.section(3)
+        + streams.DEVICE_STATE
+        + streams.description()
+    )
+    streams.Stream(main, [streams.init(0) + streams.sync() * 2]).write(work / "recording")
+    code = (
+        "import re, sys\nfrom multifd import migrate\nfrom multifd.errors import MultifdError\n"
+        "try:\n    migrate.receive(f'recording:{sys.argv[1]}/recording', f'{sys.argv[1]}/snap')\n"
+        "except MultifdError as error:\n    print(error)\n"
+        r"print(re.search(r'VmHWM:\s+(\d+)', open('/proc/self/status').read())[1])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(work)], capture_output=True, text=True, timeout=60, check=True
+    )
+    message, peak = result.stdout.splitlines()
+    assert "2147483648 pages of pc.ram never came" in message
+    assert int(peak) < 64 * 1024
