@@ -1,9 +1,10 @@
 # Each target does its own set-up: python3 (3.11 or newer) with its venv module is all it needs.
 PYTHON ?= python3
 BIN := .venv/bin
-PACKAGES := core plugins/zlib plugins/zstd
+PACKAGES := core plugins/zlib plugins/zstd plugins/qatzip
+BINDINGS := plugins/qatzip/build_libqatzip.py plugins/qatzip/libqatzip.h
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-qemu clean
 
 demo: .venv/ready
 	$(BIN)/python tools/demo.py
@@ -18,12 +19,16 @@ lint: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python tools/bench.py
+	$(BIN)/python tools/bench_qatzip.py
 
-.venv/ready: requirements-dev.txt $(PACKAGES:%=%/pyproject.toml)
+bench-qemu: .venv/ready
+	$(BIN)/python tools/bench_qemu.py
+
+.venv/ready: requirements-dev.txt $(BINDINGS) $(PACKAGES:%=%/pyproject.toml)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "multifd needs Python 3.11 or newer")'
 	$(PYTHON) -m venv .venv || { echo "python3 came without venv: install the package python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt $(PACKAGES:%=-e ./%)
 	touch $@
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .libqatzip .qemu .mypy_cache .pytest_cache .ruff_cache

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
+import standin as standin_module
+
+T = TypeVar("T")
+
 OWN_CAPTURES = Path(__file__).with_name("captures")
 SHARED_CAPTURES = Path(__file__).parents[2] / "shared" / "captures"
-READABLE = ("none", "zlib", "zstd")
+READABLE = ("none", "zlib", "zstd", "qatzip")
 
 
 @dataclass(frozen=True)
@@ -78,13 +83,37 @@ def _nothing_left() -> Iterator[None]:
 @pytest.fixture
 def work() -> Iterator[Path]:
     """A directory in memory: thousands of small snapshots are synced to it."""
-    import shutil
     import tempfile
 
     base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     path = Path(tempfile.mkdtemp(prefix="multifd-test-", dir=base))
     yield path
     shutil.rmtree(path)
+
+
+@pytest.fixture(scope="session")
+def cc() -> str:
+    """The C compiler."""
+    return _or_skip(standin_module.compiler)
+
+
+@pytest.fixture(scope="session")
+def libqatzip() -> Path:
+    """The real libqatzip.so.3."""
+    return _or_skip(standin_module.get_libqatzip)
+
+
+@pytest.fixture(scope="session")
+def standin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real libqatzip.so.3 over a device that is a stand-in."""
+    return _or_skip(lambda: standin_module.make_standin(tmp_path_factory.mktemp("standin")))
+
+
+def _or_skip(make: Callable[[], T]) -> T:
+    try:
+        return make()
+    except standin_module.Missing as missing:
+        pytest.skip(str(missing))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -93,10 +93,18 @@ class Receiving:
 
 
 class Keeping:
-    """A destination that keeps every byte per connection and confirms when told to."""
+    """A destination that keeps every byte per connection and confirms when told to.
 
-    def __init__(self, channels: int, answer: bytes = b"\x00\x01\x00\x04\x00\x00\x00\x00") -> None:
+    It ends with the source or, as QEMU does, when it has everything: so many bytes of all
+    connections.
+    """
+
+    def __init__(
+        self, channels: int, answer: bytes = b"\x00\x01\x00\x04\x00\x00\x00\x00", *, everything: int | None = None
+    ) -> None:
         self.answer = answer
+        self._missing = everything
+        self._changed = threading.Condition()
         self.main = b""
         self.channels: dict[int, bytes] = {}
         self._server = socket.create_server(("127.0.0.1", 0))
@@ -125,8 +133,16 @@ class Keeping:
         with sock:
             while piece := sock.recv(1 << 20):
                 data += piece
-                if data[:4] == b"QEVM" and data[-1:] == b"}" and self.answer:
+                if data[:4] == b"QEVM" and data[-1:] == b"}":
                     sock.sendall(self.answer)
+                if self._missing is not None:
+                    with self._changed:
+                        self._missing -= len(piece)
+                        self._changed.notify_all()
+                    if data[:4] == b"QEVM" and data[-1:] == b"}":
+                        with self._changed:
+                            assert self._changed.wait_for(lambda: not self._missing, TIMEOUT)
+                        break
         if data[:4] == b"QEVM":
             self.main = bytes(data)
         else:

@@ -5,6 +5,7 @@ Nothing here comes from multifd, so that it can judge multifd.
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import json
 import struct
@@ -169,9 +170,24 @@ def encode(method: str, data: bytes) -> bytes:
     if method == "zlib":
         stream = zlib.compressobj(1)
         return stream.compress(data) + stream.flush(zlib.Z_SYNC_FLUSH)
+    if method == "qatzip":
+        return qatzip_member(data, 1)
     zstd = other_zstd()
     compressor = zstd.ZstdCompressor(level=1)
     return bytes(compressor.compress(data, mode=zstd.ZstdCompressor.FLUSH_BLOCK))
+
+
+def qatzip_member(data: bytes, level: int) -> bytes:
+    """What libqatzip makes of a packet in software: one member, flushed after each 64 KiB."""
+    stream = zlib.compressobj(level, zlib.DEFLATED, -15, 9)
+    pieces = []
+    for at in range(0, len(data), 65536):
+        last = at + 65536 >= len(data)
+        pieces += [stream.compress(data[at : at + 65536]), stream.flush(zlib.Z_FINISH if last else zlib.Z_FULL_FLUSH)]
+    deflated = b"".join(pieces)
+    xfl = {1: 4, 9: 2}.get(level, 0)
+    head = struct.pack("<8sB7sII", b"\x1f\x8b\x08\x04", xfl, b"\xff\x0c\0QZ\x08\0", len(data), len(deflated))
+    return head + deflated + struct.pack("<II", zlib.crc32(data), len(data))
 
 
 def other_zstd() -> Any:
@@ -194,6 +210,10 @@ class PageDecoder:
         if self.method == "none":
             assert len(payload) == pages * page_size
             return [payload[at : at + page_size] for at in range(0, len(payload), page_size)]
+        if self.method.startswith("qatzip"):
+            whole = gzip.decompress(payload)
+            assert len(whole) == pages * page_size
+            return [whole[at : at + page_size] for at in range(0, len(whole), page_size)]
         assert self.stream is not None
         out = []
         data = payload

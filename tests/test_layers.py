@@ -19,15 +19,16 @@ LAYERS = [
     {"hookspecs", "stream", "snapshot"},
     {"nocomp", "plugins"},
     {"send", "recv"},
+    {"qmp"},
     {"migrate"},
-    {"inspect"},
+    {"relay", "inspect"},
     {"cli"},
     {"__main__"},
 ]
 #: Names that only these modules may import.
 ROOMS = {
     "socket": {"transport"},
-    "threading": {"send", "recv", "migrate"},
+    "threading": {"send", "recv", "migrate", "relay"},
     "pluggy": {"hookspecs", "plugins"},
 }
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import streams
-from multifd import migrate, plugins, recv
+from multifd import migrate, plugins, recv, snapshot
 from multifd.errors import CompressorError, HostError, MultifdError, PeerError, UsageError
 from multifd.hookspecs import Channel, Facts, hookimpl
 
@@ -47,7 +47,7 @@ def refused(
     assert [path.name for path in work.iterdir()] == ["recording"], "nothing is left behind"
 
 
-@pytest.mark.parametrize("method", ["none", "zlib", "zstd"])
+@pytest.mark.parametrize("method", ["none", "zlib", "zstd", "qatzip"])
 @pytest.mark.parametrize("page_size", [4096, 16384, 65536])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_whole_stream_is_taken(work: Path, method: str, page_size: int, channels: int) -> None:
@@ -63,7 +63,7 @@ def test_a_whole_stream_is_taken(work: Path, method: str, page_size: int, channe
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("method", ["none", "zlib", "zstd"])
+@pytest.mark.parametrize("method", ["none", "zlib", "zstd", "qatzip"])
 def test_cut_at_every_byte(work: Path, method: str) -> None:
     stream = streams.small(method)
     if method == "none":
@@ -186,7 +186,7 @@ DEVICE_PACKET = struct.pack(">III256sII", streams.MAGIC, 1, 0x40, b"vfio", 0, 4)
         (data(0, size=0), "a payload of 0 bytes for 1 pages"),
         (data(0, size=(1 << 20) + 1), "a payload of 1048577 bytes for 1 pages; 1 to 1048576 are allowed"),
         (data(0, size=0xFFFFFFFF), "a payload of 4294967295 bytes"),
-        (data(0, method="qatzip", payload=b"x"), "the packets are qatzip, and no compressor for it is installed"),
+        (data(0, method="uadk", payload=b"x"), "the packets are uadk, and no compressor for it is installed"),
         (data(0, flags=29 << 1), "the packets are method 29, and no compressor"),
         (data(0) + data(0), "the first at 0x0|came twice|SYNCs and"),
         (DEVICE_PACKET, "VFIO devices cannot be taken"),
@@ -430,8 +430,40 @@ class Careless:
 )
 def test_a_compressor_must_read_its_payload(work: Path, monkeypatch: pytest.MonkeyPatch, reads: int, says: str) -> None:
     compressor = plugins.Compressor("careless", Careless(reads), "test 1")
-    monkeypatch.setattr(recv, "select_for_flag", lambda _: compressor)
+    monkeypatch.setattr(recv, "select_for_flag", lambda _: (compressor, compressor.settings({}, sending=False)))
     refused(work, with_packet(data(0, flags=31 << 1, payload=b"payload")), says)
+
+
+class Watching(Careless):
+    def __init__(self, events: list[str]) -> None:
+        super().__init__(0)
+        self.events = events
+
+    @hookimpl
+    def multifd_recv(self, channel: Channel) -> None:
+        self.events.append("payload")
+        channel.read_into(bytearray(channel.next_packet_size))
+
+
+def test_zero_pages_come_before_the_payload(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a packet without normal pages has no payload: the compressor is not called."""
+    events: list[str] = []
+    compressor = plugins.Compressor("careless", Watching(events), "test 1")
+    monkeypatch.setattr(recv, "select_for_flag", lambda _: (compressor, compressor.settings({}, sending=False)))
+    real = snapshot.BlockFile.clear
+
+    def clear(self: snapshot.BlockFile, offset: int, length: int) -> None:
+        events.append("zero")
+        real(self, offset, length)
+
+    monkeypatch.setattr(snapshot.BlockFile, "clear", clear)
+    packets = [
+        streams.packet([0], [SIZE], payload=b"payload", flags=31 << 1, page_size=SIZE),
+        streams.packet([], [2 * SIZE], flags=31 << 1, page_size=SIZE, number=1),
+        streams.packet([3 * SIZE], [], payload=b"payload", flags=31 << 1, page_size=SIZE, number=2),
+    ]
+    receive(work, with_packet(b"".join(packets)))
+    assert events == ["zero", "payload", "zero", "payload"]
 
 
 def test_a_block_that_claims_8_tib_costs_no_memory(work: Path) -> None:

@@ -263,7 +263,8 @@ class Huge:
 def test_a_payload_no_receiver_takes_is_not_sent(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from multifd import plugins
 
-    monkeypatch.setattr(migrate, "select", lambda name: plugins.Compressor(name, Huge(), "test 1"))
+    huge = plugins.Compressor("huge", Huge(), "test 1")
+    monkeypatch.setattr(migrate, "select", lambda *_, **__: (huge, huge.settings({}, sending=True)))
     there = peers.Keeping(2, b"")
     fails(
         work,

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from measure import MULTIFD, make_image, same, transfer
 from multifd.flags import PACKET_SIZE
-from multifd.plugins import select
+from multifd.plugins import Spec, select
 from multifd.ram import packet_buffer, without, zero_indexes
 
 PAGE = 4096
@@ -54,14 +54,14 @@ class Codec:
     """A compressor's hooks called alone, in one thread, on packets already in memory."""
 
     def __init__(self, name: str, image: Path, packets: Sequence[Packet]) -> None:
-        self.compressor = select(name)
+        self.compressor, self.settings = select(Spec(name), sending=True)
         self.file = open(image, "rb")  # noqa: SIM115 - lives as long as this
         self.memory = memoryview(mmap.mmap(self.file.fileno(), 0, prot=mmap.PROT_READ))
         self.packets = packets
         self.payloads: list[bytes] = []
 
     def encode(self) -> float:
-        channel = self.compressor.channel(0, PAGE, self.compressor.settings({}, sending=True))
+        channel = self.compressor.channel(0, PAGE, self.settings)
         hook = self.compressor.hook
         hook.multifd_send_setup(channel=channel)
         seconds = 0.0
@@ -194,7 +194,7 @@ class Report:
 
 
 def codec_lines(report: Report, image: Path, output: Path, packets: Sequence[Packet], runs: int) -> None:
-    for name in ("zlib", "zstd"):
+    for name in ("zlib", "zstd", "qatzip-sw"):
         codec = Codec(name, image, packets)
         ratios, encodes, decodes, transfers = [], [], [], []
         for _ in range(runs):
@@ -234,7 +234,7 @@ def none_lines(report: Report, image: Path, output: Path, packets: Sequence[Pack
 
 
 def memory_lines(report: Report, image: Path, output: Path) -> None:
-    for name in ("none", "zlib", "zstd"):
+    for name in ("none", "zlib", "zstd", "qatzip-sw"):
         both = transfer(image, output, name, channels=4, sample_interval=0.01)
         for side, process in zip(("source", "destination"), both, strict=True):
             mib = process.peak_anonymous / (1 << 20)

@@ -72,7 +72,7 @@ def transfer(
 ) -> tuple[Process, Process]:
     """Send an image between two processes over loopback; (source, destination), finished."""
     shutil.rmtree(snapshot, ignore_errors=True)
-    common = ["--channels", str(channels), "--json"]
+    common = ["--compressor", compressor, "--channels", str(channels), "--json"]
     destination = Process(
         subprocess.Popen(
             [*MULTIFD, "receive", "tcp:127.0.0.1:0", "-o", str(snapshot), "--no-digest", *common],
@@ -83,11 +83,7 @@ def transfer(
     )
     assert destination.child.stderr is not None
     uri = destination.child.stderr.readline().split()[-1]
-    source = Process(
-        subprocess.Popen(
-            [*MULTIFD, "send", str(image), uri, "--compressor", compressor, *common], stdout=subprocess.PIPE, text=True
-        )
-    )
+    source = Process(subprocess.Popen([*MULTIFD, "send", str(image), uri, *common], stdout=subprocess.PIPE, text=True))
     with _sampled([source, destination], sample_interval):
         source.finish()
         destination.finish()

@@ -14,7 +14,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -58,8 +58,14 @@ def _say(text: str) -> None:
     print(f"multifd: {text}", file=sys.stderr, flush=True)
 
 
+_warned: set[str] = set()
+
+
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    _say(f"warning: {message}")
+    """Each text once: many channels have the same to say."""
+    if str(message) not in _warned:
+        _warned.add(str(message))
+        _say(f"warning: {message}")
 
 
 @contextmanager
@@ -131,6 +137,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--idle-timeout", type=_seconds, metavar="SECONDS", help="give up when nothing comes for so long (never)"
     )
+    command.add_argument("--qmp", metavar="SOCKET", help="the source QEMU's monitor: set it up, start it, watch it")
+    command.add_argument(
+        "--then", choices=("stop", "resume", "quit"), default="stop", help="with --qmp: the guest afterwards (stop)"
+    )
     command.set_defaults(run=_receive)
 
     command = commands.add_parser(
@@ -154,7 +164,41 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--block", default="pc.ram", metavar="NAME", help="an image's RAM block (pc.ram)")
     command.add_argument("--page-size", type=_size, metavar="SIZE", help="an image's page size: 4K, 16K or 64K (4K)")
+    command.add_argument("--uuid", type=_uuid, metavar="UUID", help="the destination's VM uuid (the snapshot's)")
+    command.add_argument(
+        "--sync",
+        choices=("section", "round"),
+        help="a sync point per section, for machine types up to 8.0, or per round, for newer ones (the snapshot's)",
+    )
+    command.add_argument(
+        "--qmp", metavar="SOCKET", help="the monitor of the destination's QEMU, started with -incoming defer: set it up"
+    )
     command.set_defaults(run=_send)
+
+    command = commands.add_parser(
+        "relay",
+        parents=[common, timed],
+        help="stand between a source and a destination, and re-compress",
+        description="Serve one migration after another until told to stop; re-compress each packet on its way.",
+    )
+    command.add_argument("--listen", required=True, metavar="URI", help=f"where the source connects: {URI_HELP}")
+    command.add_argument("--connect", required=True, metavar="URI", help=f"where the destination listens: {URI_HELP}")
+    command.add_argument("--from", dest="source", metavar="NAME", help="refuse packets of any other method")
+    command.add_argument(
+        "--to", metavar="NAME[,key=value...]", help="the compressor to write with (payloads pass as they are)"
+    )
+    command.add_argument("--channels", type=int, metavar="N", help="the most channels that a source may use")
+    command.add_argument("--uuid", type=_uuid, metavar="UUID", help="the destination's VM uuid, where it differs")
+    command.add_argument(
+        "--drop-switchover-start", action="store_true", help="take out a command that a destination before 10.0 refuses"
+    )
+    command.add_argument(
+        "--find-zero-pages",
+        action="store_true",
+        help="look for zero pages that the source did not mark (for a destination of 9.0 or newer with fresh memory)",
+    )
+    command.add_argument("--migrations", type=int, metavar="N", help="end after so many (never)")
+    command.set_defaults(run=_relay)
 
     command = commands.add_parser(
         "inspect",
@@ -179,6 +223,15 @@ def _size(text: str) -> int:
     return int(number) * (1024 if number != text.upper() else 1)
 
 
+def _uuid(text: str) -> bytes:
+    import uuid
+
+    try:
+        return uuid.UUID(text).bytes
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a uuid") from None
+
+
 def _compressors(arguments: argparse.Namespace) -> int:
     from multifd import plugins
 
@@ -189,9 +242,10 @@ def _compressors(arguments: argparse.Namespace) -> int:
     table = [("NAME", "METHOD", "FLAG", "AVAILABLE", "WITH")]
     for row in rows:
         state = ("hardware" if row["hardware"] else "software") if row["available"] else "no"
-        detail = f"{row['provider']} {row['version']}".strip()
-        if not row["available"]:
-            detail = "; ".join(filter(None, (row["reason"], row["install"])))
+        detail = f"{row['provider']} {row['version']}".strip() if row["available"] else ""
+        if row["devices"]:
+            detail += f" on {', '.join(row['devices'])}"
+        detail = "; ".join(filter(None, (detail, row["reason"], row["install"] if row["reason"] else "")))
         table.append((row["name"], row["method"], str(row["flag"]), state, f"{detail} [{row['distribution']}]"))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:
@@ -219,6 +273,8 @@ def _receive(arguments: argparse.Namespace) -> int:
             timeout=arguments.timeout or migrate.DEFAULT_TIMEOUT,
             first_timeout=arguments.timeout,
             idle_timeout=arguments.idle_timeout,
+            qmp=arguments.qmp,
+            then=arguments.then,
             on_listening=lambda uri: _say(f"listening on {uri}"),
             on_progress=line.show,
         )
@@ -243,11 +299,54 @@ def _send(arguments: argparse.Namespace) -> int:
             compressor,
             channels=migrate.DEFAULT_CHANNELS if arguments.channels is None else arguments.channels,
             zero_pages=arguments.zero_pages,
+            sync=arguments.sync,
+            uuid=arguments.uuid,
             timeout=arguments.timeout or migrate.DEFAULT_TIMEOUT,
+            qmp=arguments.qmp,
             on_progress=line.show,
         )
     _report(arguments, "sent", result, {})
     return 0
+
+
+def _relay(arguments: argparse.Namespace) -> int:
+    from multifd.migrate import DEFAULT_TIMEOUT
+    from multifd.relay import Relay, Relayed
+
+    failed = False
+
+    def show(outcome: Relayed | MultifdError) -> None:
+        nonlocal failed
+        failed = isinstance(outcome, MultifdError)
+        if isinstance(outcome, MultifdError):
+            _say(str(outcome).replace("\n", " "))
+        elif arguments.json:
+            print(json.dumps(asdict(outcome)), flush=True)
+        else:
+            ways = ", ".join(f"{count} {way}" for way, count in sorted(outcome.statistics.items()))
+            print(
+                f"relayed {outcome.normal_pages + outcome.zero_pages} pages, {outcome.zero_pages} of them zero, in "
+                f"{outcome.seconds:.2f} s: {outcome.source} {_bytes(outcome.bytes_in)} in, {outcome.destination} "
+                f"{_bytes(outcome.bytes_out)} out, {outcome.channels} channel{'s' * (outcome.channels != 1)}"
+                + (f" (packets: {ways})" if ways else ""),
+                flush=True,
+            )
+
+    with Relay(
+        arguments.listen,
+        arguments.connect,
+        source=arguments.source,
+        to=arguments.to,
+        uuid=arguments.uuid,
+        channels=arguments.channels,
+        drop_switchover_start=arguments.drop_switchover_start,
+        find_zero_pages=arguments.find_zero_pages,
+        timeout=arguments.timeout or DEFAULT_TIMEOUT,
+    ) as relay:
+        _say(f"listening on {relay.uri}")
+        with suppress(KeyboardInterrupt, SystemExit):  # it serves until it is told to stop
+            relay.serve(show, migrations=arguments.migrations)
+    return int(failed and arguments.migrations is not None)
 
 
 def _report(arguments: argparse.Namespace, verb: str, result: Result, more: dict[str, Any]) -> None:
@@ -258,10 +357,12 @@ def _report(arguments: argparse.Namespace, verb: str, result: Result, more: dict
     pages = result.normal_pages + result.zero_pages
     channels = f"{result.channels} channel{'s' * (result.channels != 1)}"
     target = f" into {more['snapshot']}" if more else ""
+    ways = ", ".join(f"{count} {way}" for way, count in sorted(result.statistics.items()))
     print(
         f"{verb} {_bytes(result.memory_bytes)} in {result.seconds:.2f} s ({_bytes(rate)}/s){target}: {pages} pages, "
         f"{result.zero_pages} of them zero; {_bytes(result.wire_bytes)} on the wire (ratio "
         f"{result.memory_bytes / max(result.wire_bytes, 1):.2f}), {channels}, {result.compressor}"
+        + (f" (packets: {ways})" if ways else "")
     )
 
 

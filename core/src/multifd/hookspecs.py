@@ -6,6 +6,9 @@ Importing the module must work where its library is missing.
 
 One channel in one direction belongs to one thread: its hooks are never called by two at once,
 and different channels run at the same time.
+
+What goes on all the same but should be known (a device that gave up) a compressor tells with
+`warnings.warn(text, RuntimeWarning)`; the command line shows each text once.
 """
 
 from __future__ import annotations
@@ -65,8 +68,9 @@ class Probe:
     """What a compressor found on this machine.
 
     `provider` names the library (`zlib, ISA-L`), `version` its version or versions, `hardware`
-    says whether a device does the work.  Where it is not available, `reason` is the loader's
-    own text or the missing piece, and `install` what to do about it.
+    says whether a device does the work, and `devices` which ones, for people.  Where it is not
+    available, `reason` is the loader's own text or the missing piece, and `install` what to do
+    about it; one that is available with a `reason` works, but not as well as its name promises.
     """
 
     available: bool
@@ -75,6 +79,7 @@ class Probe:
     hardware: bool = False
     reason: str = ""
     install: str = ""
+    devices: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -84,7 +89,8 @@ class Channel:
     `id` is the channel's number from 0, `page_size` in bytes.  `level` and `options` are the
     sender's settings, checked against the facts; receiving, `level` is None and `options` hold
     their defaults unless given.  `compress_data` is the compressor's own, None at set-up.
-    `next_packet_size` is the length in bytes of the payload `recv` has to read.
+    `next_packet_size` is the length in bytes of the payload `recv` has to read.  `counts` is the
+    compressor's to fill: packets by the way they took; core adds up the channels' for the result.
     """
 
     id: int
@@ -93,6 +99,7 @@ class Channel:
     options: Mapping[str, OptionValue] = field(default_factory=dict)
     compress_data: Any = None
     next_packet_size: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
     _read_into: Callable[[memoryview], None] | None = None
 
     def bind(self, read_into: Callable[[memoryview], None]) -> None:
@@ -117,10 +124,11 @@ def multifd_compressor() -> Facts:  # type: ignore[empty-body]
 
 
 @hookspec(firstresult=True)
-def multifd_probe() -> Probe:  # type: ignore[empty-body]
-    """Say whether the compressor works here.  Called to list and to select it.
+def multifd_probe(options: Mapping[str, OptionValue]) -> Probe:  # type: ignore[empty-body]
+    """Say whether the compressor works here with these options.  Called to list and to select it.
 
-    May load the library; leaves nothing running.
+    May load the library; leaves nothing running.  `options` holds all of the compressor's, the
+    defaults when it is listed.
     """
 
 

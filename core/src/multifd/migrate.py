@@ -21,11 +21,13 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+from multifd import qmp as qmp_driver
 from multifd.errors import CallerError, HostError, MultifdError, PeerError, UsageError
-from multifd.flags import MULTIFD_MAGIC, PACKET_SIZE, VM_FILE_MAGIC, Command
+from multifd.flags import PACKET_SIZE, VM_FILE_MAGIC, Command
 from multifd.plugins import Spec, select
+from multifd.qmp import THEN
 from multifd.ram import Block, runs
-from multifd.recv import Codecs, Memory, RecvChannels
+from multifd.recv import Codecs, Memory, RecvChannels, identify
 from multifd.send import ZERO_PAGES, Batch, SendChannels, SourceFile
 from multifd.snapshot import SYNC_MODES, BlockFile, SnapshotWriter, Source, check_free
 from multifd.stream import (
@@ -45,6 +47,7 @@ from multifd.stream import (
 )
 from multifd.transport import (
     Connection,
+    Ended,
     Listener,
     Lost,
     RecordedConnection,
@@ -55,7 +58,7 @@ from multifd.transport import (
     connect,
     open_recording,
 )
-from multifd.wire import INIT, MAGIC, PAGE_SIZES, InitPacket
+from multifd.wire import MAGIC, PAGE_SIZES, InitPacket
 
 DEFAULT_CHANNELS = 2
 MAX_CHANNELS = 255
@@ -70,7 +73,8 @@ class Result:
     """What a migration did.  `wire_bytes` are those from source to destination, all connections.
 
     `packets` counts every multifd packet, SYNC included; `memory_bytes` is (normal + zero) x page
-    size; `seconds` run from the first connection to the confirmation.
+    size; `seconds` run from the first connection to the confirmation.  `statistics` is what the
+    compressor counted: packets by the way they took, empty where there is but one.
     """
 
     seconds: float
@@ -81,6 +85,7 @@ class Result:
     packets: int
     channels: int
     compressor: str
+    statistics: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +142,7 @@ def send(
     sync: str | None = None,
     uuid: bytes | None = None,
     timeout: float = DEFAULT_TIMEOUT,
+    qmp: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> Result:
     """Send a snapshot or a raw image (`snapshot.open_source`) to the destination at `uri`.
@@ -145,23 +151,33 @@ def send(
     the packets, for destinations of 9.0 and newer with fresh memory (the default for raw
     images); `legacy`, on the main channel, right for every destination (for snapshots); `none`,
     as normal pages.  `sync` is `round` or `section`, what the destination's machine type wants;
-    the source's own unless given, and so is `uuid`, 16 bytes.  Returns when the destination has
+    the source's own unless given, and so is `uuid`, 16 bytes.  `qmp` is the monitor of the
+    destination's QEMU, started with `-incoming defer`: its settings are made to fit, it is told to
+    listen at `uri`, and its version and uuid are asked.  Returns when the destination has
     confirmed.  Raises UsageError, CallerError, HostError, PeerError, CompressorError.
     """
     _check_channels(channels)
     target = Uri.parse(uri)
     if target.scheme == "recording":
         raise UsageError(f"{uri}: a recording can only be received")
+    if target.scheme == "unix":
+        target = Uri("unix", path=os.path.abspath(target.path))
     zero_pages = zero_pages or ("legacy" if source.configuration is not None else "multifd")
     sync = sync or source.sync
     if zero_pages not in ZERO_PAGES or sync not in SYNC_MODES:
         raise UsageError(f"zero_pages {zero_pages!r} or sync {sync!r} is none of {ZERO_PAGES}, {SYNC_MODES}")
     spec = Spec.parse(compressor)
-    chosen = select(spec.name)
-    settings = chosen.settings(spec.settings, sending=True)
+    chosen, settings = select(spec, sending=True)
     with ExitStack() as cleanup:
+        driver = None
+        if qmp is not None:
+            driver = qmp_driver.Destination(qmp, channels=channels, method=chosen.facts.method, timeout=timeout)
+            cleanup.enter_context(driver)
+            uuid = uuid or driver.uuid
         files = [_open_block(item.block, item.path, cleanup) for item in source.blocks]
         silence = Silence(timeout)
+        if driver is not None:
+            driver.listen(str(target))
         started = time.monotonic()
         main = connect(target, silence)
         cleanup.callback(main.close)
@@ -192,15 +208,28 @@ def send(
                 cleanup.enter_context(_every(0.5, partial(report, on_progress)))
             _send_all(source, files, main, writer, engine, zero_pages)
             _wait_for_confirmation(main, silence)
+            if driver is not None:
+                driver.wait()
         except (Lost, Stalled, _Refused) as error:
-            raise PeerError(
+            told: MultifdError = PeerError(
                 f"{error}: the destination's own message says why.  Here: compressor {compressor}, "
                 f"{_counted(channels, 'channel')}, page size {source.page_size}; all three must fit over there"
-            ) from error
+            )
+            raise (driver.explain(told) if driver is not None else told) from error
         packets, normal, zero = engine.counts
         pages = normal + zero
         seconds = round(time.monotonic() - started, 6)
-        return Result(seconds, normal, zero, wire_bytes(), pages * source.page_size, packets, channels, chosen.name)
+        return Result(
+            seconds,
+            normal,
+            zero,
+            wire_bytes(),
+            pages * source.page_size,
+            packets,
+            channels,
+            chosen.name,
+            engine.statistics,
+        )
 
 
 def _connect_channel(target: Uri, silence: Silence, number: int) -> SocketConnection:
@@ -301,6 +330,8 @@ def receive(
     timeout: float = DEFAULT_TIMEOUT,
     first_timeout: float | None = None,
     idle_timeout: float | None = None,
+    qmp: str | None = None,
+    then: str = "stop",
     on_listening: Callable[[str], None] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Result:
@@ -312,11 +343,20 @@ def receive(
     in which pages never came (memory that the guest gave back to its host).  `timeout` bounds
     first bytes and a SYNC that others wait for, `first_timeout` the first connection,
     `idle_timeout` any silence; all in seconds, the last two None for ever.
+    `qmp` is the monitor of the source's QEMU: its settings are made to fit and put back at the
+    end, the migration is started, and after it the guest is left as `then` says: `stop`,
+    `resume` or `quit`; where it fails, a guest that ran goes on.
     Raises UsageError, CallerError, HostError, PeerError, CompressorError.
     """
     if page_size not in (None, *PAGE_SIZES):
         raise UsageError(f"page size {page_size} is none of {', '.join(map(str, PAGE_SIZES))}")
+    if then not in THEN:
+        raise UsageError(f"then {then!r} is none of {', '.join(THEN)}")
     source = Uri.parse(uri)
+    if source.scheme == "unix":
+        source = Uri("unix", path=os.path.abspath(source.path))  # QEMU may be elsewhere
+    elif source.scheme == "recording" and qmp is not None:
+        raise UsageError(f"{uri}: no QEMU sends a recording")
     path = Path(os.path.abspath(output))
     check_free(path)
     codecs = Codecs(Spec.parse(compressor) if compressor else None)
@@ -324,6 +364,7 @@ def receive(
     with ExitStack() as cleanup:
         recorded: list[Connection] = []
         listener = None
+        driver: qmp_driver.Source | None = None
         if source.scheme == "recording":
             main, others = open_recording(source.path)
             recorded = [main, *others]
@@ -335,6 +376,10 @@ def receive(
         else:
             channels = DEFAULT_CHANNELS if channels is None else channels
             _check_channels(channels)
+            if qmp is not None:
+                driver = qmp_driver.Source(qmp, channels=channels, method=codecs.method, timeout=timeout)
+                cleanup.enter_context(driver)
+                first_timeout = timeout
             listener = Listener(source)
             cleanup.callback(listener.close)
         arrivals = _Arrivals(listener, channels, codecs, silence)
@@ -345,11 +390,23 @@ def receive(
             if on_listening is not None:
                 on_listening(str(listener.uri))
             arrivals.start()
+            if driver is not None:
+                driver.start(str(listener.uri))
         for connection in recorded:
             arrivals.take(connection)
         if on_progress is not None:
             cleanup.enter_context(_every(0.5, lambda: on_progress(job.progress())))
-        result = job.run(first_timeout)
+        try:
+            result = job.run(first_timeout)
+            if driver is not None:
+                driver.wait()
+                driver.leave(then)
+        except MultifdError as error:
+            if driver is None:
+                raise
+            told = driver.explain(error)
+            driver.recover()
+            raise told from error
     if digests and job.snapshot is not None:
         job.snapshot.add_digests()
     return result
@@ -448,37 +505,23 @@ class _Arrivals:
             self.channels.fail(error)
 
     def _identify(self, connection: Connection) -> None:
-        deadline = time.monotonic() + self.silence.timeout
-        first = bytearray(INIT.size)
-        view = memoryview(first)
-        got = connection.read_first(view[: MAGIC.size], deadline)
-        if got < MAGIC.size:
-            if not got and isinstance(connection, SocketConnection):
-                warnings.warn(f"{connection.name} closed without a byte: ignored", RuntimeWarning, stacklevel=1)
-                with self._changed:
-                    self._connections.remove(connection)
-                    self._changed.notify_all()
-                connection.close()
-                return
-            raise PeerError(f"{connection.name} ended after {got} bytes: is it a migration?")
-        (magic,) = MAGIC.unpack(view[: MAGIC.size])
-        if magic == VM_FILE_MAGIC:
+        try:
+            init = identify(connection, self.silence.timeout)
+        except Ended as ended:
+            warnings.warn(f"{ended}: ignored", RuntimeWarning, stacklevel=1)
             with self._changed:
-                if self._main is not None:
-                    raise PeerError("a second main channel came: two migrations at once?")
-                self._main = connection
+                self._connections.remove(connection)
                 self._changed.notify_all()
-        elif magic == MULTIFD_MAGIC:
-            got += connection.read_first(view[MAGIC.size :], deadline)
-            if got < INIT.size:
-                raise PeerError(f"{connection.name} ended after {got} of the {INIT.size} bytes of its init packet")
-            self.channels.serve(connection, InitPacket.unpack(first))
-        else:
-            tls = ": it speaks TLS, this side does not" if first[:2] == b"\x16\x03" else ""
-            raise PeerError(
-                f"{connection.name} begins with {magic:#010x}, neither a migration ({VM_FILE_MAGIC:#010x}) nor a "
-                f"multifd channel ({MULTIFD_MAGIC:#010x}){tls}"
-            )
+            connection.close()
+            return
+        if init is not None:
+            self.channels.serve(connection, init)
+            return
+        with self._changed:
+            if self._main is not None:
+                raise PeerError("a second main channel came: two migrations at once?")
+            self._main = connection
+            self._changed.notify_all()
 
 
 class _Receiver:
@@ -625,6 +668,7 @@ class _Receiver:
                 packets,
                 self._channels.count,
                 self._arrivals.codecs.used,
+                self._channels.statistics,
             )
 
         transfer = asdict(result()) | {

@@ -22,7 +22,13 @@ from multifd.flags import METHODS, THIRD_PARTY_FLAGS, method_name
 from multifd.hookspecs import API_VERSION, ENTRY_POINT_GROUP, Channel, Facts, OptionValue, Probe
 
 #: Compressors of this project: what to say when one is asked for and not installed.
-OURS = {"none": "multifd-core", "zlib": "multifd-zlib", "zstd": "multifd-zstd"}
+OURS = {
+    "none": "multifd-core",
+    "zlib": "multifd-zlib",
+    "zstd": "multifd-zstd",
+    "qatzip": "multifd-qatzip",
+    "qatzip-sw": "multifd-qatzip",
+}
 RESERVED = {
     "auto": "choosing the compressor by itself",
     "adaptive": "choosing the compressor packet by packet",
@@ -116,9 +122,9 @@ class Compressor:
                 f"{self}: multifd_{direction}_cleanup raised {_describe(error)}", RuntimeWarning, stacklevel=1
             )
 
-    def _call(self, hook: str) -> Any:
+    def _call(self, hook: str, **arguments: object) -> Any:
         try:
-            return getattr(self.hook, hook)()
+            return getattr(self.hook, hook)(**arguments)
         except HOOK_ERRORS as error:
             raise self.failed(hook, error) from error
 
@@ -149,9 +155,9 @@ class Compressor:
             raise CompressorError(f"{self}: default level {facts.default_level} is not one of its levels")
         return facts
 
-    def probe(self) -> Probe:
+    def probe(self, settings: Settings) -> Probe:
         """Ask whether it works here, in this process.  Raises CompressorError where it breaks."""
-        probe = self._call("multifd_probe")
+        probe = self._call("multifd_probe", options=settings.options)
         if not isinstance(probe, Probe):
             raise CompressorError(f"{self}: multifd_probe returned {type(probe).__name__}, not Probe")
         return probe
@@ -169,8 +175,8 @@ class Compressor:
         level = self.facts.default_level if sending else None
         for key, text in given.items():
             if key == "level":
-                if sending:
-                    level = self._level(text)
+                wanted = self._level(text)
+                level = wanted if sending else None
                 continue
             if key not in options:
                 known = ", ".join([*(["level"] if self.facts.levels else []), *options]) or "none"
@@ -248,32 +254,47 @@ def _nobody_provides(name: str, installed: list[str]) -> str:
     return f"{text}: did you mean {near[0]}?" + ("" if near[0] in installed else f" pip install {OURS[near[0]]}")
 
 
-def select(name: str) -> Compressor:
-    """Load a compressor and make sure it works here.  Raises as `load`, and HostError if not."""
-    compressor = load(name)
-    probe = compressor.probe()
+def select(spec: Spec, *, sending: bool) -> tuple[Compressor, Settings]:
+    """Load a compressor, check its settings and make sure it works here with them.
+
+    Warns of one that works, but not as its name promises.  Raises as `load`, UsageError for wrong
+    settings, HostError where it does not work.
+    """
+    compressor = load(spec.name)
+    settings = compressor.settings(spec.settings, sending=sending)
+    probe = compressor.probe(settings)
     if not probe.available:
         raise HostError(f"{compressor} is not available: {_why_not(probe)}")
-    return compressor
+    if probe.reason:
+        warnings.warn(f"{spec.name} works in software: {_why_not(probe)}", RuntimeWarning, stacklevel=2)
+    return compressor, settings
 
 
 def _why_not(probe: Probe) -> str:
     return "; ".join(filter(None, (probe.reason, probe.install))) or "it does not say why"
 
 
-def select_for_flag(flag: int) -> Compressor:
-    """The best available compressor for the method number in a packet: hardware first.
+def select_for_flag(flag: int) -> tuple[Compressor, Settings]:
+    """The best available compressor to receive a method number: hardware first.
 
     Raises HostError where none is installed or none works here.
     """
     method = method_name(flag)
     candidates = names_of_method(method) if method in METHODS else names()
     if method in METHODS and len(candidates) == 1:
-        return select(candidates[0])
-    rows = [row for row in probe_all(candidates) if row["flag"] == flag]
-    working = sorted((row for row in rows if row["available"]), key=lambda row: (not row["hardware"], row["name"]))
+        return select(Spec(candidates[0]), sending=False)
+    compressor = load(_best(flag, tuple(candidates)))
+    return compressor, compressor.settings({}, sending=False)
+
+
+@cache
+def _best(flag: int, candidates: tuple[str, ...]) -> str:
+    method = method_name(flag)
+    rows = [row for row in probe_all(list(candidates)) if row["flag"] == flag]
+    working = [row for row in rows if row["available"]]
     if working:
-        return load(working[0]["name"])
+        best = min(working, key=lambda row: (not row["hardware"], row["reason"] != "", row["name"]))
+        return str(best["name"])
     if rows:
         reasons = "; ".join(f"{row['name']}: {row['reason']}" for row in rows)
         raise HostError(f"the packets are {method}, and nothing here can read them: {reasons}")
@@ -315,6 +336,7 @@ def _empty_row(name: str, entries: list[metadata.EntryPoint]) -> dict[str, Any]:
         "distribution": " and ".join(sorted(_distribution(entry) for entry in entries)),
         "reason": "",
         "install": "",
+        "devices": [],
         "summary": "",
         "levels": None,
         "default_level": None,
@@ -330,7 +352,7 @@ def _probe_in_child(name: str, timeout: float) -> dict[str, Any]:
         try:
             # The answer has a pipe of its own: a vendor's library may print what it likes.
             child = subprocess.Popen(
-                [sys.executable, "-c", "from multifd.plugins import _child; _child()", name, str(write_end)],
+                [sys.executable, "-P", "-c", "from multifd.plugins import _child; _child()", name, str(write_end)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -377,10 +399,10 @@ def _row(name: str) -> dict[str, Any]:
             "levels": [facts.levels.start, facts.levels.stop - 1] if facts.levels is not None else None,
             "default_level": facts.default_level,
         }
-        probe = compressor.probe()
+        probe = compressor.probe(compressor.settings({}, sending=True))
     except MultifdError as error:
         return row | {"reason": str(error)}
-    reason = "" if probe.available else probe.reason or _why_not(probe)
+    reason = probe.reason if probe.available else probe.reason or _why_not(probe)
     return row | {
         "available": probe.available,
         "hardware": probe.hardware,
@@ -388,4 +410,5 @@ def _row(name: str) -> dict[str, Any]:
         "version": probe.version,
         "reason": reason,
         "install": probe.install,
+        "devices": list(probe.devices),
     }

@@ -8,17 +8,19 @@ the memory.  Everything of a packet is checked before a byte of memory is.
 from __future__ import annotations
 
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from multifd.errors import MultifdError, PeerError
-from multifd.flags import MAX_PAYLOAD, method_name
+from multifd.flags import MAX_PAYLOAD, MULTIFD_MAGIC, VM_FILE_MAGIC, method_name
 from multifd.hookspecs import Channel
 from multifd.plugins import HOOK_ERRORS, Compressor, Settings, Spec, names, select, select_for_flag
 from multifd.ram import Block, check_packet, packet_buffer, runs
-from multifd.transport import Connection, Ended, Silence
-from multifd.wire import PREFIX, InitPacket, RamPacket, header_length, is_device_state
+from multifd.transport import Connection, Ended, RecordedConnection, Silence
+from multifd.wire import INIT, MAGIC, PREFIX, InitPacket, RamPacket, header_length, is_device_state
 
 
 class PageStore(Protocol):
@@ -51,9 +53,14 @@ class Codecs:
         if spec is None:
             names()  # read what is installed now, while nobody waits
         else:
-            compressor = select(spec.name)
+            compressor, settings = select(spec, sending=False)
             self._expected = compressor
-            self._loaded[compressor.facts.flag] = compressor, compressor.settings(spec.settings, sending=False)
+            self._loaded[compressor.facts.flag] = compressor, settings
+
+    @property
+    def method(self) -> str | None:
+        """The method of the compressor named; None where each packet says its own."""
+        return None if self._expected is None else self._expected.facts.method
 
     def check(self, flag: int) -> None:
         """Raises PeerError where the peer uses another method than the one named here."""
@@ -67,8 +74,7 @@ class Codecs:
         """The compressor for a method number, loaded at its first packet."""
         with self._lock:
             if flag not in self._loaded:
-                compressor = select_for_flag(flag)
-                self._loaded[flag] = compressor, compressor.settings({}, sending=False)
+                self._loaded[flag] = select_for_flag(flag)
             return self._loaded[flag]
 
     @property
@@ -77,21 +83,85 @@ class Codecs:
         return "+".join(compressor.name for compressor, _ in self._loaded.values()) or "none"
 
 
+class Decoder:
+    """One channel's payloads: each method's compressor is set up at its first packet."""
+
+    def __init__(self, number: int, connection: Connection, codecs: Codecs) -> None:
+        self._id = number
+        self._connection = connection
+        self._codecs = codecs
+        self._views: dict[int, tuple[Compressor, Channel]] = {}
+        self._unread = 0
+
+    def decode(self, packet: RamPacket, pages: memoryview, page_size: int) -> None:
+        """Read the packet's payload and fill `pages`, its normal pages.
+
+        Raises PeerError, CompressorError, HostError.
+        """
+        if not 0 < packet.next_packet_size <= MAX_PAYLOAD:
+            raise PeerError(
+                f"packet {packet.packet_num}: a payload of {packet.next_packet_size} bytes for "
+                f"{len(packet.normal)} pages; 1 to {MAX_PAYLOAD} are allowed"
+            )
+        compressor, view = self._view(packet.method, page_size)
+        view.next_packet_size = self._unread = packet.next_packet_size
+        try:
+            compressor.hook.multifd_recv(channel=view, pages=pages)
+        except HOOK_ERRORS as error:
+            raise compressor.failed(f"packet {packet.packet_num}", error) from error
+        if self._unread:
+            raise PeerError(
+                f"packet {packet.packet_num}: {self._unread} of {packet.next_packet_size} payload bytes are left over"
+            )
+
+    def _view(self, flag: int, page_size: int) -> tuple[Compressor, Channel]:
+        if flag not in self._views:
+            compressor, settings = self._codecs.get(flag)
+            view = compressor.channel(self._id, page_size, settings)
+            view.bind(self._read_into)
+            self._views[flag] = compressor, view
+            try:
+                compressor.hook.multifd_recv_setup(channel=view)
+            except HOOK_ERRORS as error:
+                raise compressor.failed("multifd_recv_setup", error) from error
+        return self._views[flag]
+
+    def _read_into(self, wanted: memoryview) -> None:
+        if len(wanted) > self._unread:
+            raise ValueError(f"read_into of {len(wanted)} bytes, {self._unread} are left of this payload")
+        self._unread -= len(wanted)
+        try:
+            self._connection.read_into(wanted, due=True)
+        except Ended as ended:
+            raise PeerError(f"inside a payload, {ended}") from None
+
+    @property
+    def statistics(self) -> Counter[str]:
+        """What the compressors counted."""
+        total: Counter[str] = Counter()
+        for _, view in self._views.values():
+            total.update(view.counts)
+        return total
+
+    def close(self) -> None:
+        """Clean the compressors up."""
+        for compressor, view in self._views.values():
+            compressor.cleanup("recv", view)
+
+
 @dataclass(slots=True)
 class _RecvChannel:
     """Owned by its thread, but for `syncs`, `fresh_pages` and `ended`, which the lock guards."""
 
     id: int
     connection: Connection
-    codecs: dict[int, tuple[Compressor, Channel]] = field(default_factory=dict)
+    decoder: Decoder
     syncs: int = 0
     fresh_pages: int = 0
     ended: str = ""
     packets: int = 0
     normal_pages: int = 0
     zero_pages: int = 0
-    payload_bytes: int = 0
-    unread: int = 0
 
 
 class RecvChannels:
@@ -123,6 +193,14 @@ class RecvChannels:
         )
 
     @property
+    def statistics(self) -> dict[str, int]:
+        """What the compressors counted on all channels."""
+        total: Counter[str] = Counter()
+        for channel in list(self._channels.values()):
+            total.update(channel.decoder.statistics)
+        return dict(total)
+
+    @property
     def wire_bytes(self) -> int:
         """Bytes read from all channels so far."""
         return sum(channel.connection.bytes_read for channel in list(self._channels.values()))
@@ -140,8 +218,7 @@ class RecvChannels:
         except MultifdError as error:
             self.fail(error.at(f"channel {channel.id}"))
         finally:
-            for compressor, view in channel.codecs.values():
-                compressor.cleanup("recv", view)
+            channel.decoder.close()
 
     def start(self, memory: Memory) -> None:
         """The RAM blocks are known: let the channels read."""
@@ -249,7 +326,9 @@ class RecvChannels:
                 )
             if init.id in self._channels:
                 raise PeerError(f"channel {init.id}: came twice")
-            channel = self._channels[init.id] = _RecvChannel(init.id, connection)
+            channel = self._channels[init.id] = _RecvChannel(
+                init.id, connection, Decoder(init.id, connection, self._codecs)
+            )
             self._changed.notify_all()
             return channel
 
@@ -265,11 +344,7 @@ class RecvChannels:
         pages = memoryview(packet_buffer())
         while not self._over:
             try:
-                got = channel.connection.read_into(head, at_least=PREFIX.size)
-                if is_device_state(head[: PREFIX.size]):
-                    raise PeerError("a device-state packet: state of VFIO devices cannot be taken, detach them")
-                if got < len(head):
-                    channel.connection.read_into(head[got:], due=True)
+                packet = read_packet(channel.connection, head, size)
             except Ended as ended:
                 # Whether it may end here is known at the next sync point, or at the end: QEMU 7.2
                 # can be cut inside an empty packet after the last SYNC.
@@ -277,7 +352,6 @@ class RecvChannels:
                     channel.ended = str(ended)
                     self._changed.notify_all()
                 return
-            packet = RamPacket.unpack(head, size)
             channel.packets += 1
             if packet.normal or packet.zero:
                 self._take(channel, memory, packet, pages)
@@ -294,43 +368,13 @@ class RecvChannels:
             store.clear(offset, length)
         if packet.normal:
             pages = buffer[: len(packet.normal) * size]
-            self._decode(channel, packet, pages, size)
+            channel.decoder.decode(packet, pages, size)
             done = 0
             for offset, length in runs(packet.normal, size):
                 store.store(offset, pages[done : done + length])
                 done += length
         channel.normal_pages += len(packet.normal)
         channel.zero_pages += len(packet.zero)
-
-    def _decode(self, channel: _RecvChannel, packet: RamPacket, pages: memoryview, page_size: int) -> None:
-        compressor, view = self._codec(channel, packet.method, page_size)
-        if not 0 < packet.next_packet_size <= MAX_PAYLOAD:
-            raise PeerError(
-                f"packet {packet.packet_num}: a payload of {packet.next_packet_size} bytes for "
-                f"{len(packet.normal)} pages; 1 to {MAX_PAYLOAD} are allowed"
-            )
-        view.next_packet_size = channel.unread = packet.next_packet_size
-        try:
-            compressor.hook.multifd_recv(channel=view, pages=pages)
-        except HOOK_ERRORS as error:
-            raise compressor.failed(f"packet {packet.packet_num}", error) from error
-        if channel.unread:
-            raise PeerError(
-                f"packet {packet.packet_num}: {channel.unread} of {packet.next_packet_size} payload bytes are left over"
-            )
-        channel.payload_bytes += packet.next_packet_size
-
-    def _codec(self, channel: _RecvChannel, flag: int, page_size: int) -> tuple[Compressor, Channel]:
-        if flag not in channel.codecs:
-            compressor, settings = self._codecs.get(flag)
-            view = compressor.channel(channel.id, page_size, settings)
-            view.bind(lambda wanted: _read_payload(channel, wanted))
-            channel.codecs[flag] = compressor, view
-            try:
-                compressor.hook.multifd_recv_setup(channel=view)
-            except HOOK_ERRORS as error:
-                raise compressor.failed("multifd_recv_setup", error) from error
-        return channel.codecs[flag]
 
     def _wait_at_sync(self, channel: _RecvChannel) -> bool:
         """Stop until the sync point is passed; False where the migration is over instead."""
@@ -343,11 +387,43 @@ class RecvChannels:
             return not self._over
 
 
-def _read_payload(channel: _RecvChannel, wanted: memoryview) -> None:
-    if len(wanted) > channel.unread:
-        raise ValueError(f"read_into of {len(wanted)} bytes, {channel.unread} are left of this payload")
-    channel.unread -= len(wanted)
-    try:
-        channel.connection.read_into(wanted, due=True)
-    except Ended as ended:
-        raise PeerError(f"inside a payload, {ended}") from None
+def identify(connection: Connection, timeout: float) -> InitPacket | None:
+    """What a new connection is, by its first bytes: a multifd channel, or None for a main channel.
+
+    Raises Ended where it closed without a byte, PeerError where it is neither, or says nothing
+    for `timeout` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    first = bytearray(INIT.size)
+    view = memoryview(first)
+    got = connection.read_first(view[: MAGIC.size], deadline)
+    if got < MAGIC.size:
+        if not got and not isinstance(connection, RecordedConnection):
+            raise Ended(f"{connection.name} closed without a byte")
+        raise PeerError(f"{connection.name} ended after {got} bytes: is it a migration?")
+    (magic,) = MAGIC.unpack(view[: MAGIC.size])
+    if magic == VM_FILE_MAGIC:
+        return None
+    if magic != MULTIFD_MAGIC:
+        tls = ": it speaks TLS, this side does not" if first[:2] == b"\x16\x03" else ""
+        raise PeerError(
+            f"{connection.name} begins with {magic:#010x}, neither a migration ({VM_FILE_MAGIC:#010x}) nor a "
+            f"multifd channel ({MULTIFD_MAGIC:#010x}){tls}"
+        )
+    got += connection.read_first(view[MAGIC.size :], deadline)
+    if got < INIT.size:
+        raise PeerError(f"{connection.name} ended after {got} of the {INIT.size} bytes of its init packet")
+    return InitPacket.unpack(first)
+
+
+def read_packet(connection: Connection, head: memoryview, page_size: int) -> RamPacket:
+    """Read one packet's header into `head`.
+
+    Raises Ended at the end of the stream, PeerError for what is no packet of RAM.
+    """
+    got = connection.read_into(head, at_least=PREFIX.size)
+    if is_device_state(head[: PREFIX.size]):
+        raise PeerError("a device-state packet: state of VFIO devices cannot be taken, detach them")
+    if got < len(head):
+        connection.read_into(head[got:], due=True)
+    return RamPacket.unpack(head, page_size)

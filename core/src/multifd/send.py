@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -44,13 +45,51 @@ class Batch:
     hole: bool = False
 
 
+class Encoder:
+    """One channel's payloads, made by one compressor."""
+
+    def __init__(self, compressor: Compressor, view: Channel) -> None:
+        self._compressor = compressor
+        self._view = view
+
+    def set_up(self) -> None:
+        """Raises CompressorError."""
+        try:
+            self._compressor.hook.multifd_send_setup(channel=self._view)
+        except HOOK_ERRORS as error:
+            raise self._compressor.failed("multifd_send_setup", error) from error
+
+    def encode(self, pages: Sequence[memoryview]) -> Sequence[Buffer]:
+        """A packet's payload, valid until the next call.  Raises CompressorError."""
+        try:
+            payload: Sequence[Buffer] = self._compressor.hook.multifd_send_prepare(channel=self._view, pages=pages)
+            length = sum(map(len, payload))
+        except HOOK_ERRORS as error:
+            raise self._compressor.failed("multifd_send_prepare", error) from error
+        if not 0 < length <= MAX_PAYLOAD:
+            raise CompressorError(
+                f"{self._compressor.name} made {length} bytes of {sum(map(len, pages))} bytes of pages; "
+                f"a payload has 1 to {MAX_PAYLOAD}"
+            )
+        return payload
+
+    @property
+    def statistics(self) -> dict[str, int]:
+        """What the compressor counted."""
+        return self._view.counts
+
+    def close(self) -> None:
+        """Clean the compressor up."""
+        self._compressor.cleanup("send", self._view)
+
+
 @dataclass(slots=True)
 class _SendChannel:
     """Owned by its thread, but for `synced`, which the lock guards."""
 
     id: int
     connection: Connection
-    view: Channel
+    encoder: Encoder
     buffer: memoryview = field(default_factory=lambda: memoryview(packet_buffer()))
     pages: memoryview = field(init=False)
     synced: int = 0
@@ -81,7 +120,7 @@ class SendChannels:
         self._page_size = page_size
         self._zero_pages = zero_pages
         self._channels = [
-            _SendChannel(number, connection, compressor.channel(number, page_size, settings))
+            _SendChannel(number, connection, Encoder(compressor, compressor.channel(number, page_size, settings)))
             for number, connection in enumerate(connections)
         ]
         self._packet_num = itertools.count()
@@ -109,6 +148,14 @@ class SendChannels:
             sum(channel.normal_pages for channel in channels),
             sum(channel.zero_pages for channel in channels),
         )
+
+    @property
+    def statistics(self) -> dict[str, int]:
+        """What the compressor counted on all channels."""
+        total: Counter[str] = Counter()
+        for channel in self._channels:
+            total.update(channel.encoder.statistics)
+        return dict(total)
 
     def epoch(self, batches: Iterable[Batch], on_zeros: Callable[[str, Sequence[int]], None]) -> None:
         """Send all batches and one SYNC per channel; returns when all of it is written.
@@ -157,7 +204,7 @@ class SendChannels:
 
     def _run(self, channel: _SendChannel) -> None:
         try:
-            self._set_up(channel)
+            channel.encoder.set_up()
             while self._wait_for_epoch(channel):
                 while (batch := self._take()) is not None:
                     self._send(channel, batch)
@@ -167,13 +214,7 @@ class SendChannels:
         except BaseException as error:  # noqa: BLE001 - epoch() raises it in its thread
             self._fail(error)
         finally:
-            self._compressor.cleanup("send", channel.view)
-
-    def _set_up(self, channel: _SendChannel) -> None:
-        try:
-            self._compressor.hook.multifd_send_setup(channel=channel.view)
-        except HOOK_ERRORS as error:
-            raise self._compressor.failed("multifd_send_setup", error) from error
+            channel.encoder.close()
 
     def _wait_for_epoch(self, channel: _SendChannel) -> bool:
         """Wait until there is something to send; False at the end."""
@@ -215,7 +256,7 @@ class SendChannels:
         runs = without(indexes, count)
         if not runs and not zero:
             return
-        payload = self._payload(channel, runs) if runs else ()
+        payload = channel.encoder.encode([channel.pages[a * size : b * size] for a, b in runs]) if runs else ()
         normal: list[int] = []
         for first, end in runs:
             normal += offsets[first:end]
@@ -229,21 +270,6 @@ class SendChannels:
         ).pack(size)
         channel.connection.write([header, *payload])
         channel.packets += 1
-
-    def _payload(self, channel: _SendChannel, runs: Sequence[tuple[int, int]]) -> Sequence[Buffer]:
-        size = self._page_size
-        pages = [channel.pages[first * size : end * size] for first, end in runs]
-        try:
-            payload: Sequence[Buffer] = self._compressor.hook.multifd_send_prepare(channel=channel.view, pages=pages)
-            length = sum(map(len, payload))
-        except HOOK_ERRORS as error:
-            raise self._compressor.failed("multifd_send_prepare", error) from error
-        if not 0 < length <= MAX_PAYLOAD:
-            raise CompressorError(
-                f"{self._compressor.name} made {length} bytes of {sum(map(len, pages))} bytes of pages; "
-                f"a payload has 1 to {MAX_PAYLOAD}"
-            )
-        return payload
 
 
 def _read(batch: Batch, buffer: memoryview) -> None:

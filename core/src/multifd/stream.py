@@ -148,6 +148,11 @@ class Parser:
         self._tail = bytearray()
         self._steps = self._parse()
 
+    @property
+    def position(self) -> int:
+        """Bytes read so far; while `events` goes on, the end of the event that it gave."""
+        return self._consumed + self._position
+
     def feed(self, data: bytes) -> None:
         """Add bytes; `events` says what they complete."""
         if self._position:
@@ -222,7 +227,7 @@ class Parser:
         return data.decode("ascii", "backslashreplace")
 
     def _wrong(self, text: str) -> PeerError:
-        return PeerError(f"at byte {self._consumed + self._position}: {text}")
+        return PeerError(f"at byte {self.position}: {text}")
 
     def _parse(self) -> _Steps:
         magic, version = yield from self._unpack(FILE_HEADER)

@@ -236,6 +236,11 @@ class SocketConnection:
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RD if reading_only else socket.SHUT_RDWR)
 
+    def finish(self) -> None:
+        """Say that nothing more will be written; reading goes on."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+
     def close(self) -> None:
         self._socket.close()
 

@@ -1,0 +1,552 @@
+"""Stand between a source and a destination, and re-compress each packet on its way.
+
+    from multifd.relay import Relay
+
+    with Relay("tcp:0.0.0.0:4444", "tcp:there:4444", to="zstd") as relay:
+        relay.serve()
+
+The main channel passes through untouched in both directions, so it is the destination that
+confirms.  Each multifd channel has a thread, which keeps the order of its packets; what is in
+the relay at any time is one packet per channel.  The main channel is connected first: a QEMU
+before 8.0 takes the first connection for it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+from multifd.errors import MultifdError, PeerError, UsageError
+from multifd.flags import MAX_PAYLOAD, VM_FILE_MAGIC, Command, method_name
+from multifd.migrate import DEFAULT_TIMEOUT, MAIN_READ
+from multifd.plugins import Compressor, Settings, Spec, select
+from multifd.ram import packet_buffer, without, zero_indexes
+from multifd.recv import Codecs, Decoder, identify, read_packet
+from multifd.send import Encoder
+from multifd.stream import (
+    COMMAND_HEAD,
+    BlockList,
+    CommandReceived,
+    Event,
+    PageData,
+    Parser,
+    ReturnPathParser,
+    SyncPoint,
+)
+from multifd.transport import Connection, Ended, Listener, Lost, Silence, SocketConnection, Uri, connect
+from multifd.wire import MAGIC, Buffer, InitPacket, RamPacket, header_length
+
+
+@dataclass(frozen=True, slots=True)
+class Relayed:
+    """What one migration through the relay came to.
+
+    Bytes are those of all connections, from source to destination; `confirmed` says that the
+    destination answered that it has everything, None where the source asked for no answer.
+    """
+
+    seconds: float
+    bytes_in: int
+    bytes_out: int
+    packets: int
+    normal_pages: int
+    zero_pages: int
+    channels: int
+    source: str
+    destination: str
+    confirmed: bool | None
+    statistics: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How packets change; `to` is None where they pass as they are."""
+
+    codecs: Codecs
+    to: tuple[Compressor, Settings] | None
+    uuid: bytes | None
+    channels: int | None
+    drop_switchover_start: bool
+    find_zero_pages: bool
+
+
+@dataclass(slots=True)
+class _Leg:
+    """One multifd channel, from the source to the destination; owned by its thread."""
+
+    id: int
+    source: Connection
+    destination: Connection
+    page_size: int
+    decoder: Decoder
+    encoder: Encoder | None
+    packets: int = 0
+    normal_pages: int = 0
+    zero_pages: int = 0
+    syncs: int = 0
+    ended: bool = False
+    methods: set[int] = field(default_factory=set)
+
+
+#: A command without data: section type, number, length.
+COMMAND_SIZE = 1 + COMMAND_HEAD.size
+GONE = "the destination closed the connection: its own message says why"
+
+INCOMPLETE = "the source ended before its migration was complete: was it cancelled?"
+
+
+class _Foreign(PeerError):
+    """A connection that is not of the migration at hand."""
+
+
+class _Migration:
+    """The connections of one migration, and the threads that serve them."""
+
+    def __init__(self, plan: _Plan, target: Uri, silence: Silence) -> None:
+        self.error: BaseException | None = None
+        self._plan = plan
+        self._target = target
+        self._silence = silence
+        self._started = time.monotonic()
+        self._parser = Parser()
+        self._answers = ReturnPathParser()
+        self._changed = threading.Condition()
+        # Guarded by the condition:
+        self._connections: list[SocketConnection] = []
+        self._threads: list[threading.Thread] = []
+        self._source: SocketConnection | None = None
+        self._destination: SocketConnection | None = None
+        self._ids: set[int] = set()
+        self._blocks_known = False
+        self._return_path = False
+        self._held = bytearray()
+        self._held_from = 0
+        self._legs: dict[int, _Leg] = {}
+        self._uuid: bytes | None = None
+        self._sync_points = 0
+        self._source_ended = False
+        self._over = False
+
+    def take(self, connection: SocketConnection) -> bool:
+        """A connection from the source; False where this migration is over."""
+        with self._changed:
+            if self._over:
+                return False
+            self._connections.append(connection)
+            self._spawn(lambda: self._serve(connection))
+            return True
+
+    def join(self) -> Relayed:
+        """Wait for the end.  Raises the first error of any thread."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._over)
+            for connection in self._connections:
+                connection.interrupt()
+        for thread in self._threads:  # the last ones may still start another
+            thread.join()
+        for connection in self._connections:
+            connection.close()
+        if self.error is not None:
+            raise self.error
+        return self._result()
+
+    def stop(self) -> None:
+        """End it, wherever it is."""
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+
+    def _spawn(self, action: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                action()
+            except BaseException as error:  # noqa: BLE001 - join() raises it
+                self._fail(error)
+
+        thread = threading.Thread(target=run, name="multifd-relay", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            if not self._over and self.error is None:
+                self.error = error
+            self._over = True
+            self._changed.notify_all()
+
+    # --- who is who ---
+
+    def _serve(self, connection: SocketConnection) -> None:
+        try:
+            init = identify(connection, self._silence.timeout)
+        except PeerError as error:  # whoever that is, a migration under way has nothing to do with it
+            self._ignore(connection, error)
+            return
+        try:
+            if init is None:
+                self._begin(connection)
+            else:
+                self._register(connection, init)
+        except _Foreign as error:
+            self._ignore(connection, error)
+            return
+        if init is None:
+            self._pass_main(connection)
+            return
+        leg = self._open_leg(connection, init)
+        if leg is None:
+            return
+        try:
+            if leg.encoder is not None:
+                leg.encoder.set_up()
+            self._relay_packets(leg)
+        except Lost as lost:
+            raise PeerError(f"channel {leg.id}: {GONE}" if self._source_is_well() else INCOMPLETE) from lost
+        except MultifdError as error:
+            raise error.at(f"channel {leg.id}") from error
+        finally:
+            leg.decoder.close()
+            if leg.encoder is not None:
+                leg.encoder.close()
+
+    def _ignore(self, connection: SocketConnection, why: PeerError) -> None:
+        warnings.warn(f"{why}: ignored", RuntimeWarning, stacklevel=2)
+        connection.interrupt()
+
+    def _connect(self) -> SocketConnection:
+        connection = connect(self._target, self._silence)
+        with self._changed:
+            self._connections.append(connection)
+            over = self._over
+        if over:
+            connection.interrupt()
+        return connection
+
+    def _open_leg(self, connection: SocketConnection, init: InitPacket) -> _Leg | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._blocks_known or self._over)
+            if self._over:
+                return None
+            page_size = self._parser.page_size
+        destination = self._connect()
+        destination.write([InitPacket(self._plan.uuid or init.uuid, init.id).pack()])
+        encoder = None
+        if self._plan.to is not None:
+            compressor, settings = self._plan.to
+            encoder = Encoder(compressor, compressor.channel(init.id, page_size, settings))
+        leg = _Leg(
+            init.id, connection, destination, page_size, Decoder(init.id, connection, self._plan.codecs), encoder
+        )
+        with self._changed:
+            self._legs[init.id] = leg
+        return leg
+
+    def _begin(self, connection: SocketConnection) -> None:
+        with self._changed:
+            if self._source is not None:
+                raise _Foreign(f"{connection.name} is a second main channel, the relay serves one migration at a time")
+            self._source = connection
+
+    def _register(self, connection: SocketConnection, init: InitPacket) -> None:
+        with self._changed:
+            if self._uuid not in (None, init.uuid) or init.id in self._ids:
+                raise _Foreign(
+                    f"{connection.name} is channel {init.id} of VM {init.uuid.hex()}, which is not the migration that "
+                    "the relay serves"
+                )
+            if self._plan.channels is not None and init.id >= self._plan.channels:
+                raise PeerError(
+                    f"channel {init.id}: the source uses at least {init.id + 1} channels, --channels says "
+                    f"{self._plan.channels}"
+                )
+            self._uuid = init.uuid
+            self._ids.add(init.id)
+
+    # --- the main channel ---
+
+    def _pass_main(self, source: SocketConnection) -> None:
+        destination = self._destination = self._connect()
+        self._spawn(lambda: self._pass_answers(source, destination))
+        data = MAGIC.pack(VM_FILE_MAGIC)
+        while data:
+            passed = self._watch(data)
+            try:
+                destination.write([passed])
+            except Lost as lost:
+                raise PeerError(GONE) from lost
+            data = source.read_some(MAIN_READ)
+        self._source_ended = True
+        destination.finish()  # it closes in its turn, when it is done
+
+    def _watch(self, data: bytes) -> Buffer:
+        """Read along; returns what passes now."""
+        self._parser.feed(data)
+        cuts: list[int] = []
+        try:
+            for event in self._parser.events():
+                self._note(event)
+                if isinstance(event, CommandReceived) and event.number == Command.SWITCHOVER_START:
+                    cuts.append(self._parser.position)
+        except MultifdError as error:
+            raise error.at("main channel") from error
+        if not self._plan.drop_switchover_start:
+            return data
+        # What is not wholly read yet waits, so that a command is never half-way out.
+        self._held += data
+        start = self._held_from
+        for end in cuts:
+            del self._held[end - COMMAND_SIZE - start : end - start]
+            start += COMMAND_SIZE
+        self._held_from = self._parser.position
+        count = self._held_from - start
+        passed = bytes(self._held[:count])
+        del self._held[:count]
+        return passed
+
+    def _note(self, event: Event) -> None:
+        """The page size, the sync points, and whether the destination is to answer."""
+        match event:
+            case CommandReceived(number=Command.OPEN_RETURN_PATH):
+                self._return_path = True
+            case PageData() if not self._ids:
+                raise PeerError("the source sends its pages here: turn multifd on over there")
+            case SyncPoint():
+                with self._changed:
+                    self._sync_points += 1
+                    self._check_syncs()
+            case BlockList():
+                # A source sends no page before; now the page size is known.
+                with self._changed:
+                    self._blocks_known = True
+                    self._changed.notify_all()
+
+    def _check_syncs(self) -> None:
+        """A channel that ended early would hang the destination: it waits for its SYNC for ever."""
+        for leg in self._legs.values():
+            if leg.ended and leg.syncs < self._sync_points:
+                raise PeerError(f"channel {leg.id}: the source closed it before SYNC {leg.syncs + 1}: did it fail?")
+
+    def _pass_answers(self, source: SocketConnection, destination: SocketConnection) -> None:
+        while data := destination.read_some(4096):
+            self._answers.feed(data)
+            source.write([data])
+        if self._source_is_well() and not self._parser.complete:
+            raise PeerError(GONE)
+        self.stop()
+
+    def _source_is_well(self) -> bool:
+        """Whether it has ended its stream as it should, or not at all: a destination that goes then is to blame."""
+        return self._parser.complete or not self._source_ended
+
+    # --- packets ---
+
+    def _relay_packets(self, leg: _Leg) -> None:
+        header = bytearray(header_length(leg.page_size))
+        head = memoryview(header)
+        pages = memoryview(packet_buffer())
+        payload = memoryview(bytearray(MAX_PAYLOAD))
+        while True:
+            try:
+                packet = read_packet(leg.source, head, leg.page_size)
+            except Ended:
+                # Whether it may end here the SYNCs tell: QEMU 7.2 can be cut inside its last packet.
+                with self._changed:
+                    leg.ended = True
+                    self._check_syncs()
+                return
+            leg.packets += 1
+            leg.normal_pages += len(packet.normal)
+            leg.zero_pages += len(packet.zero)
+            if packet.normal or packet.zero:
+                self._plan.codecs.check(packet.method)
+                leg.methods.add(packet.method)
+            leg.syncs += packet.sync
+            if leg.encoder is not None:
+                self._recode(leg, leg.encoder, packet, pages)
+                continue
+            if packet.next_packet_size > MAX_PAYLOAD:
+                raise PeerError(f"packet {packet.packet_num}: a payload of {packet.next_packet_size} bytes is too long")
+            body = payload[: packet.next_packet_size]
+            if body:
+                leg.source.read_into(body, due=True)
+            leg.destination.write([head, body])
+
+    def _recode(self, leg: _Leg, encoder: Encoder, packet: RamPacket, buffer: memoryview) -> None:
+        assert self._plan.to is not None
+        payload: Sequence[Buffer] = ()
+        if packet.normal:
+            size = leg.page_size
+            count = len(packet.normal)
+            pages = buffer[: count * size]
+            leg.decoder.decode(packet, pages, size)
+            pages = pages.toreadonly()
+            runs: Sequence[tuple[int, int]] = [(0, count)]
+            if self._plan.find_zero_pages and (found := zero_indexes(pages, size)):
+                runs = without(found, count)
+                normal = tuple(page for first, end in runs for page in packet.normal[first:end])
+                zero = tuple(packet.normal[index] for index in found)
+                packet = replace(packet, normal=normal, zero=packet.zero + zero)
+                leg.normal_pages -= len(zero)
+                leg.zero_pages += len(zero)
+            if runs:
+                payload = encoder.encode([pages[first * size : end * size] for first, end in runs])
+        method = self._plan.to[0].facts.flag
+        packet = replace(packet, method=method, next_packet_size=sum(map(len, payload)))
+        leg.destination.write([packet.pack(leg.page_size), *payload])
+
+    def _result(self) -> Relayed:
+        if not self._parser.complete:
+            raise PeerError(INCOMPLETE)
+        if self._answers.shut:
+            raise PeerError(f"the destination reports that it failed (code {self._answers.shut})")
+        legs = list(self._legs.values())
+        for leg in legs:
+            if leg.syncs < self._sync_points:
+                raise PeerError(f"channel {leg.id}: {leg.syncs} of {self._sync_points} SYNCs came, then {GONE}")
+        assert self._source is not None
+        assert self._destination is not None
+        statistics: Counter[str] = Counter()
+        for leg in legs:
+            statistics.update({f"{way}, decoding": count for way, count in leg.decoder.statistics.items()})
+            if leg.encoder is not None:
+                statistics.update({f"{way}, encoding": count for way, count in leg.encoder.statistics.items()})
+        came = "+".join(map(method_name, sorted(set().union(*(leg.methods for leg in legs))))) or "none"
+        return Relayed(
+            seconds=round(time.monotonic() - self._started, 6),
+            bytes_in=sum(connection.bytes_read for connection in [self._source, *(leg.source for leg in legs)]),
+            bytes_out=sum(
+                connection.bytes_written for connection in [self._destination, *(leg.destination for leg in legs)]
+            ),
+            packets=sum(leg.packets for leg in legs),
+            normal_pages=sum(leg.normal_pages for leg in legs),
+            zero_pages=sum(leg.zero_pages for leg in legs),
+            channels=len(legs),
+            source=came,
+            destination=self._plan.to[0].name if self._plan.to is not None else came,
+            confirmed=self._answers.shut == 0 if self._return_path else None,
+            statistics=dict(statistics),
+        )
+
+
+class Relay:
+    """Listens for sources, and serves one migration after another."""
+
+    def __init__(
+        self,
+        listen: str,
+        to_uri: str,
+        *,
+        source: str | None = None,
+        to: str | None = None,
+        uuid: bytes | None = None,
+        channels: int | None = None,
+        drop_switchover_start: bool = False,
+        find_zero_pages: bool = False,
+        timeout: float = DEFAULT_TIMEOUT,
+    ) -> None:
+        """`listen` and `to_uri` are `tcp:HOST:PORT` or `unix:PATH`.
+
+        `source` names the compressor that reads the packets (each says its own method unless
+        given), `to` the one that writes them, `NAME[,key=value...]`: where there is none, or both
+        are the same, payloads pass unread.  `uuid` replaces the guest's, 16 bytes;
+        `channels` is the most that a source may use.  `drop_switchover_start` takes out a command that
+        destinations before 10.0 refuse; `find_zero_pages` looks for zero pages that the source
+        sent as normal ones, for destinations of 9.0 and newer with fresh memory.  `timeout`, in
+        seconds, is how long nothing may move while somebody waits.
+        Raises UsageError, CallerError, CompressorError, HostError.
+        """
+        self._target = Uri.parse(to_uri)
+        where = Uri.parse(listen)
+        for uri in (where, self._target):
+            if uri.scheme == "recording":
+                raise UsageError(f"{uri}: a relay stands between sockets")
+        if find_zero_pages and to is None:
+            raise UsageError(
+                "zero pages can only be looked for where payloads are read: name a compressor to write with"
+            )
+        chosen = None
+        if to is not None and (to != source or find_zero_pages):
+            chosen = select(Spec.parse(to), sending=True)
+        codecs = Codecs(Spec.parse(source) if source else None)
+        self._plan = _Plan(codecs, chosen, uuid, channels, drop_switchover_start, find_zero_pages)
+        self._timeout = timeout
+        self._changed = threading.Condition()
+        # Guarded by the condition:
+        self._current: _Migration | None = None
+        self._stopped = False
+        self._listener = Listener(where)
+        self.uri = str(self._listener.uri)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop listening; end what is under way."""
+        self.stop()
+        self._listener.close()
+
+    def stop(self) -> None:
+        """Let `serve` return; safe from any thread, and twice."""
+        with self._changed:
+            self._stopped = True
+            if self._current is not None:
+                self._current.stop()
+            self._changed.notify_all()
+        self._listener.interrupt()
+
+    def serve(self, on_end: Callable[[Relayed | MultifdError], None], *, migrations: int | None = None) -> None:
+        """Serve until `stop`, or so many migrations; `on_end` is told how each came out."""
+        accepting = threading.Thread(target=self._accept, name="multifd-relay-accept", daemon=True)
+        accepting.start()
+        try:
+            served = 0
+            while served != migrations and (migration := self._next()) is not None:
+                try:
+                    outcome: Relayed | MultifdError = migration.join()
+                except MultifdError as error:
+                    outcome = error
+                with self._changed:
+                    self._current = None
+                    self._changed.notify_all()
+                    stopped = self._stopped
+                if not stopped:
+                    on_end(outcome)
+                served += 1
+        finally:
+            self.stop()
+            accepting.join()
+            if self._current is not None:
+                with suppress(MultifdError):
+                    self._current.join()
+
+    def _next(self) -> _Migration | None:
+        """The next migration, once its first connection has come; None at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._current is not None or self._stopped)
+            return None if self._stopped else self._current
+
+    def _accept(self) -> None:
+        while True:
+            silence = Silence(self._timeout)
+            connection = self._listener.accept(silence)
+            if connection is None:
+                return
+            with self._changed:
+                while not self._stopped:
+                    if self._current is None:
+                        self._current = _Migration(self._plan, self._target, silence)
+                        self._changed.notify_all()
+                    if self._current.take(connection):
+                        break
+                    self._changed.wait()  # one that is over is cleared away first
+                else:
+                    connection.close()

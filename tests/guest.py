@@ -1,0 +1,82 @@
+"""A running Linux guest that checks its own memory and prints a heartbeat."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from qemus import FETCHED
+from standin import TOP, Missing
+
+#: One line per beat: the number, and whether 24 MiB of memory, copied each time, are as they were.
+INIT = """#!/busybox sh
+/busybox mount -t tmpfs none /tmp
+/busybox dd if=/dev/urandom of=/tmp/data bs=1M count=8 2>/dev/null
+sum=$(/busybox md5sum </tmp/data)
+beat=0
+while :; do
+    beat=$((beat + 1))
+    /busybox cp /tmp/data /tmp/copy$((beat % 2))
+    if [ "$(/busybox md5sum </tmp/copy$((beat % 2)))" = "$sum" ] && [ "$(/busybox md5sum </tmp/data)" = "$sum" ]; then
+        echo "beat $beat"
+    else
+        echo "ERROR $beat"
+    fi
+done
+"""
+
+
+def files() -> Path:
+    """The directory with `vmlinuz` and `busybox`."""
+    script = TOP / "tools" / "get_qemu.py"
+    result = subprocess.run(
+        [sys.executable, script, FETCHED, "guest"], capture_output=True, text=True, timeout=300, check=False
+    )
+    if result.returncode:
+        raise Missing(result.stderr.splitlines()[-1])
+    return Path(result.stdout.strip())
+
+
+def _entry(name: str, mode: int, data: bytes = b"", device: tuple[int, int] = (0, 0)) -> bytes:
+    """A file of a cpio archive in the format that Linux unpacks (newc)."""
+    fields = (0, mode, 0, 0, 1, 0, len(data), 0, 0, *device, len(name) + 1, 0)
+    head = b"070701" + b"".join(b"%08x" % field for field in fields) + name.encode() + b"\0"
+    return head + bytes(-len(head) % 4) + data + bytes(-len(data) % 4)
+
+
+def initrd(folder: Path) -> Path:
+    """The initial RAM disk with busybox and the program."""
+    busybox = (files() / "busybox").read_bytes()
+    archive = b"".join(
+        (
+            _entry("dev", 0o040755),
+            _entry("tmp", 0o040755),
+            _entry("dev/console", 0o020600, device=(5, 1)),
+            _entry("dev/null", 0o020666, device=(1, 3)),
+            _entry("dev/urandom", 0o020666, device=(1, 9)),
+            _entry("busybox", 0o100755, busybox),
+            _entry("init", 0o100755, INIT.encode()),
+            _entry("TRAILER!!!", 0),
+        )
+    )
+    path = folder / "initrd"
+    path.write_bytes(archive)
+    return path
+
+
+def options(folder: Path, serial: Path) -> list[str]:
+    """What QEMU is started with; `serial` is where the guest's lines go."""
+    path = folder / "initrd"
+    return [
+        *("-kernel", str(files() / "vmlinuz"), "-initrd", str(path if path.exists() else initrd(folder))),
+        *("-append", "console=ttyS0 quiet panic=-1 mitigations=off", "-serial", f"file:{serial}"),
+    ]
+
+
+def beats(*serials: Path) -> list[int]:
+    """The beats that the guest counted, one log after the other.  Fails for an ERROR of the guest's."""
+    text = "".join(path.read_text(errors="replace") for path in serials)
+    assert "ERROR" not in text, text[-500:]
+    return [int(number) for number in re.findall(r"^beat (\d+)\r?$", text, re.MULTILINE)]

@@ -1,0 +1,295 @@
+"""Real QEMUs, 7.2 and 10.0, on the other side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+import guest
+import peers
+import qatdriver
+from multifd import migrate
+from multifd.errors import MultifdError, PeerError
+from multifd.snapshot import open_source
+from qemus import RELEASES, Qemu, binary, qemus
+from standin import Missing
+from test_relay import Relaying, closing
+
+MIB = 24
+
+Start = Callable[..., Qemu]
+
+
+@pytest.fixture
+def start(work: Path) -> Iterator[Start]:
+    """Start a QEMU; skips where it cannot be had."""
+    with qemus() as running:
+
+        def begin(release: str, name: str, **options: object) -> Qemu:
+            try:
+                binary(release)
+            except Missing as missing:
+                pytest.skip(str(missing))
+            running.append(Qemu(release, work, name, **{"mib": MIB} | options))  # type: ignore[arg-type]
+            return running[-1]
+
+        yield begin
+
+
+def content() -> bytes:
+    """24 MiB of guest memory: text, programs, templates, noise, zeros."""
+    memory = qatdriver.image()
+    return memory + bytes(4 << 20) + memory[::-1][: 4 << 20] + memory[: 8 << 20]
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("method", ["none", "zlib", "zstd"])
+@pytest.mark.parametrize(("channels", "return_path"), [(1, True), (2, False), (16, True)])
+def test_receive(start: Start, work: Path, release: str, method: str, channels: int, return_path: bool) -> None:
+    source = start(release, "source")
+    source.fill(content())
+    source.prepare(channels=channels, method=method, return_path=return_path)
+    job = peers.Receiving(work / "snap", channels=channels)
+    source.monitor.command("migrate", uri=job.uri)
+    result = job.join()
+    source.wait("completed")
+    assert (work / "snap" / "0-pc.ram.raw").read_bytes() == source.ram.read_bytes() == content()
+    assert result.compressor == method
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("method", ["none", "zlib", "zstd"])
+def test_send(start: Start, work: Path, release: str, method: str) -> None:
+    """Captured from one, restored into another with other settings."""
+    source = start(release, "source")
+    source.fill(content())
+    source.prepare(return_path=True)
+    job = peers.Receiving(work / "snap")
+    source.monitor.command("migrate", uri=job.uri)
+    job.join()
+    target = start(release, "target", incoming=True)
+    target.prepare(channels=4, method=method)
+    target.monitor.command("migrate-incoming", uri=f"unix:{work}/incoming")
+    migrate.send(open_source(work / "snap"), f"unix:{work}/incoming", method, channels=4)
+    target.wait("completed")
+    assert target.ram.read_bytes() == content()
+
+
+@pytest.mark.parametrize(("source_release", "target_release"), [("7.2", "7.2"), ("7.2", "10.0"), ("10.0", "10.0")])
+@pytest.mark.parametrize(("method", "to"), [("none", "zlib"), ("zlib", "zstd"), ("zstd", "none"), ("zstd", "zstd")])
+def test_relay(start: Start, work: Path, source_release: str, target_release: str, method: str, to: str) -> None:
+    source = start(source_release, "source", machine="pc-q35-7.2" if source_release == "7.2" else "q35")
+    target = start(target_release, "target", machine="pc-q35-7.2" if source_release == "7.2" else "q35", incoming=True)
+    source.fill(content())
+    source.prepare(channels=3, method=method, return_path=True)
+    target.prepare(channels=3, method=to)
+    target.monitor.command("migrate-incoming", uri=f"unix:{work}/incoming")
+    with closing(Relaying(f"unix:{work}/incoming", source=method, to=to)) as relaying:
+        source.monitor.command("migrate", uri=relaying.uri)
+        source.wait("completed")
+        target.wait("completed")
+        result = relaying.result()
+    assert target.ram.read_bytes() == content()
+    assert (result.confirmed, result.channels, result.source, result.destination) == (True, 3, method, to)
+
+
+def settings(qemu: Qemu) -> tuple[object, object]:
+    return (
+        qemu.monitor.command("query-migrate-capabilities"),
+        qemu.monitor.command("query-migrate-parameters"),
+    )
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("then", ["stop", "resume", "quit"])
+def test_receive_drives_the_source(start: Start, work: Path, release: str, then: str) -> None:
+    source = start(release, "source")
+    source.fill(content())
+    before = settings(source)
+    source.monitor.close()
+    result = migrate.receive(
+        f"unix:{work}/here", work / "snap", "zlib", channels=5, qmp=str(work / "source.qmp"), then=then
+    )
+    assert (result.compressor, result.channels) == ("zlib", 5)
+    assert (work / "snap" / "0-pc.ram.raw").read_bytes() == content()
+    if then == "quit":
+        assert source.process.wait(20) == 0
+        return
+    source.reconnect()
+    assert settings(source) == before, "put back"
+    assert source.monitor.command("query-status")["running"] == (then == "resume")
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_send_drives_the_destination(start: Start, work: Path, release: str) -> None:
+    source = start(release, "source")
+    source.fill(content())
+    source.monitor.close()
+    migrate.receive("tcp:127.0.0.1:0", work / "snap", qmp=str(work / "source.qmp"))
+    target = start(release, "target", incoming=True)
+    target.monitor.close()
+    sent = migrate.send(
+        open_source(work / "snap"), f"unix:{work}/incoming", "zstd", channels=3, qmp=str(work / "target.qmp")
+    )
+    assert (sent.compressor, sent.channels) == ("zstd", 3)
+    assert target.ram.read_bytes() == content()
+
+
+@pytest.mark.filterwarnings("ignore:.*closed without a byte")
+def test_what_qemu_says_is_told(start: Start, work: Path) -> None:
+    source = start("10.0", "source")
+    source.monitor.close()
+    where = str(work / "source.qmp")
+    with pytest.raises(PeerError, match="migrate-set-parameters: QEMU says: .*qatzip"):
+        migrate.receive(f"unix:{work}/here", work / "snap", "qatzip-sw", qmp=where)
+    source.reconnect()
+    source.monitor.command("migrate-set-parameters", **{"tls-creds": "none-such"})
+    source.monitor.close()
+    with pytest.raises(PeerError, match="QEMU"):
+        migrate.receive(f"unix:{work}/here", work / "snap", timeout=5, qmp=where)
+    with pytest.raises(MultifdError, match="cannot connect to unix:.*nobody"):
+        migrate.receive(f"unix:{work}/here", work / "snap", qmp=str(work / "nobody"))
+    assert not (work / "snap").exists()
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_relay_takes_out_what_an_older_destination_refuses(start: Start, work: Path, drop: bool) -> None:
+    machine = "pc-q35-7.2"
+    source = start("10.0", "source", machine=machine, more=["-global", "migration.send-switchover-start=on"])
+    target = start("7.2", "target", machine=machine, incoming=True)
+    source.fill(content())
+    source.prepare(return_path=True)
+    target.prepare()
+    target.monitor.command("migrate-incoming", uri=f"unix:{work}/incoming")
+    with closing(Relaying(f"unix:{work}/incoming", drop_switchover_start=drop)) as relaying:
+        source.monitor.command("migrate", uri=relaying.uri)
+        if drop:
+            source.wait("completed")
+            assert relaying.result().confirmed
+            assert target.ram.read_bytes() == content()
+        else:
+            source.wait("failed")
+            assert "destination" in relaying.error()
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("who", ["cancel", "source", "destination"])
+def test_relay_when_somebody_goes_away(start: Start, work: Path, release: str, who: str) -> None:
+    """The relay says who, ends the other side, and serves the next migration."""
+    source = start(release, "source")
+    target = start(release, "target", incoming=True)
+    source.fill(content())
+    source.prepare(return_path=True, max_bandwidth=2_000_000)
+    target.prepare(method="zlib")
+    target.monitor.command("migrate-incoming", uri=f"unix:{work}/incoming")
+    with closing(Relaying(f"unix:{work}/incoming", migrations=2, to="zlib")) as relaying:
+        source.monitor.command("migrate", uri=relaying.uri)
+        source.wait("active", "device")
+        assert peers.eventually(lambda: source.monitor.command("query-migrate").get("ram", {}).get("normal", 0) > 300)
+        if who == "cancel":
+            source.monitor.command("migrate_cancel")
+            source.wait("cancelled")
+        elif who == "source":
+            source.process.kill()
+        else:
+            target.process.kill()
+            source.wait("failed")
+        assert peers.eventually(lambda: len(relaying.outcomes) == 1)
+        if who != "destination":
+            assert target.process.wait(20) == 1, "a destination that lost its source ends"
+        first = str(relaying.outcomes[0])
+        assert ("the destination closed" if who == "destination" else "the source") in first
+        other, again = start(release, "other"), start(release, "again", incoming=True)
+        other.fill(content())
+        other.prepare(return_path=True)
+        again.prepare(method="zlib")
+        again.monitor.command("migrate-incoming", uri=f"unix:{work}/incoming")
+        other.monitor.command("migrate", uri=relaying.uri)
+        again.wait("completed")
+        assert len(relaying.join()) == 2
+    assert again.ram.read_bytes() == content()
+
+
+class Guest:
+    """A Linux guest that runs in a QEMU 10.0, and moves to others."""
+
+    def __init__(self, start: Start, work: Path) -> None:
+        self._start = start
+        self._work = work
+        self.serials: list[Path] = []
+        self.qemu = self.new("first", incoming=False)
+        self.qemu.monitor.command("cont")
+        self.beats(3)
+
+    def new(self, name: str, *, incoming: bool = True) -> Qemu:
+        serial = self._work / f"{name}.serial"
+        try:
+            more = guest.options(self._work, serial)
+        except Missing as missing:
+            pytest.skip(str(missing))
+        self.serials.append(serial)
+        return self._start("10.0", name, incoming=incoming, mib=128, more=more)
+
+    def beats(self, count: int) -> None:
+        """So many more beats, none missing since the first."""
+        before = len(guest.beats(*self.serials))
+        assert peers.eventually(lambda: len(guest.beats(*self.serials)) >= before + count, 60), self.serials[
+            -1
+        ].read_text()
+        found = guest.beats(*self.serials)
+        assert found == list(range(1, len(found) + 1)), "a beat is missing"
+
+
+@pytest.mark.timeout(300)
+def test_a_running_guest_is_captured_and_restored(start: Start, work: Path) -> None:
+    linux = Guest(start, work)
+    linux.qemu.monitor.close()
+    result = migrate.receive(f"unix:{work}/here", work / "snap", "zstd", qmp=str(work / "first.qmp"), timeout=60)
+    assert result.normal_pages > 5000
+    target = linux.new("second")
+    target.monitor.close()
+    migrate.send(
+        open_source(work / "snap"), f"unix:{work}/there", "zlib", channels=4, qmp=str(work / "second.qmp"), timeout=60
+    )
+    target.reconnect()
+    target.monitor.command("cont")
+    linux.beats(3)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("relays", [1, 2])
+def test_a_running_guest_moves_through_relays(start: Start, work: Path, relays: int) -> None:
+    """With one: none to zlib.  With two: none to zstd to none, for QEMUs that have no compression."""
+    linux = Guest(start, work)
+    source, target = linux.qemu, linux.new("second")
+    source.prepare(return_path=True, max_bandwidth=1 << 30)
+    target.prepare(method="zlib" if relays == 1 else "none")
+    target.monitor.command("migrate-incoming", uri=f"unix:{work}/incoming")
+    with ExitStack() as stack:
+        uri = f"unix:{work}/incoming"
+        relaying = []
+        for to in ["zlib"] if relays == 1 else ["none", "zstd"]:
+            relaying.append(stack.enter_context(closing(Relaying(uri, to=to))))
+            uri = relaying[-1].uri
+        source.monitor.command("migrate", uri=uri)
+        source.wait("completed")
+        target.wait("completed")
+        for one in relaying:
+            assert one.result().confirmed
+    target.monitor.command("cont")
+    linux.beats(3)
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_relay_of_a_source_without_multifd(start: Start, work: Path, release: str) -> None:
+    source, target = start(release, "source"), start(release, "target", incoming=True)
+    source.fill(content())
+    target.prepare(method="zlib")
+    target.monitor.command("migrate-incoming", uri=f"unix:{work}/incoming")
+    with closing(Relaying(f"unix:{work}/incoming", to="zlib")) as relaying:
+        source.monitor.command("migrate", uri=relaying.uri)
+        source.wait("failed")
+        assert relaying.error() == "main channel: the source sends its pages here: turn multifd on over there"

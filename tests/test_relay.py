@@ -1,0 +1,248 @@
+"""The relay between our own ends: every pair of methods, and everybody who goes away."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import peers
+import qatdriver
+import streams
+from conftest import Capture
+from multifd import migrate
+from multifd.errors import MultifdError, PeerError
+from multifd.relay import Relay, Relayed
+from multifd.snapshot import open_source
+
+METHODS = ["none", "zlib", "zstd", "qatzip-sw"]
+
+
+class Relaying:
+    """A relay in a thread, for so many migrations."""
+
+    def __init__(self, target: str, migrations: int = 1, listen: str = "tcp:127.0.0.1:0", **options: object) -> None:
+        self.outcomes: list[Relayed | MultifdError] = []
+        self.relay = Relay(listen, target, timeout=peers.TIMEOUT, **options)  # type: ignore[arg-type]
+        self.uri = self.relay.uri
+        self._thread = threading.Thread(target=lambda: self.relay.serve(self.outcomes.append, migrations=migrations))
+        self._thread.start()
+
+    def join(self) -> list[Relayed | MultifdError]:
+        self._thread.join(peers.TIMEOUT)
+        assert not self._thread.is_alive(), "the relay hangs"
+        self.relay.close()
+        return self.outcomes
+
+    def result(self) -> Relayed:
+        (outcome,) = self.join()
+        if isinstance(outcome, MultifdError):
+            raise outcome
+        return outcome
+
+    def error(self) -> str:
+        (outcome,) = self.join()
+        assert isinstance(outcome, MultifdError), outcome
+        return str(outcome)
+
+
+@contextmanager
+def closing(relaying: Relaying) -> Iterator[Relaying]:
+    try:
+        yield relaying
+    finally:
+        relaying.relay.stop()
+        relaying.join()
+
+
+def image(work: Path) -> bytes:
+    content = qatdriver.image()[: 6 << 20]
+    (work / "image.raw").write_bytes(content)
+    return content
+
+
+@pytest.mark.parametrize(("source", "to"), list(itertools.product(METHODS, METHODS)))
+def test_every_pair_of_methods(work: Path, source: str, to: str) -> None:
+    content = image(work)
+    there = peers.Receiving(work / "snap", channels=3)
+    with closing(Relaying(there.uri, source=source, to=to)) as relaying:
+        sent = migrate.send(open_source(work / "image.raw"), relaying.uri, source, channels=3)
+        arrived = there.join()
+        result = relaying.result()
+    assert (work / "snap" / "0-pc.ram.raw").read_bytes() == content
+    assert (result.normal_pages, result.zero_pages) == (sent.normal_pages, sent.zero_pages)
+    assert (result.bytes_in, result.bytes_out) == (sent.wire_bytes, arrived.wire_bytes)
+    assert (result.packets, result.channels, result.confirmed) == (sent.packets, 3, True)
+    assert arrived.compressor == to
+    if source == to:
+        assert result.bytes_in == result.bytes_out
+
+
+def test_two_in_a_row_over_unix_sockets(work: Path) -> None:
+    content = image(work)
+    there = peers.Receiving(work / "snap", f"unix:{work}/there")
+    with (
+        closing(Relaying(there.uri, listen=f"unix:{work}/b", to="none")) as second,
+        closing(Relaying(second.uri, listen=f"unix:{work}/a", to="zstd,level=3")) as first,
+    ):
+        migrate.send(open_source(work / "image.raw"), first.uri, "none")
+        there.join()
+        assert first.result().bytes_out == second.result().bytes_in < len(content) / 2
+    assert (work / "snap" / "0-pc.ram.raw").read_bytes() == content
+
+
+def test_one_migration_after_another(work: Path) -> None:
+    content = image(work)
+    with closing(Relaying(f"unix:{work}/there", migrations=3, to="zlib")) as relaying:
+        for number in range(3):
+            there = peers.Receiving(work / f"snap{number}", f"unix:{work}/there")
+            migrate.send(open_source(work / "image.raw"), relaying.uri, "zstd")
+            there.join()
+            assert (work / f"snap{number}" / "0-pc.ram.raw").read_bytes() == content
+        outcomes = relaying.join()
+    assert [type(outcome) for outcome in outcomes] == [Relayed] * 3
+
+
+def test_a_second_migration_meanwhile_is_refused_and_mixes_nothing(work: Path) -> None:
+    stream = streams.small("zlib", return_path=True, channels=2)
+    there = peers.Receiving(work / "snap", channels=2)
+    with closing(Relaying(there.uri, to="zstd")) as relaying:
+        socks = [peers.dial(relaying.uri) for _ in range(3)]
+        for sock, data in zip(socks, [stream.main, *stream.channels], strict=True):
+            sock.sendall(data[:100])
+        with pytest.warns(RuntimeWarning, match="is a second main channel, the relay serves one migration at a time"):
+            other = peers.dial(relaying.uri)
+            other.sendall(stream.main[:50])
+            assert other.recv(1) == b""
+        with pytest.warns(RuntimeWarning, match="which is not the migration that the relay serves"):
+            late = peers.dial(relaying.uri)
+            late.sendall(streams.init(1))
+            assert late.recv(1) == b""
+        with pytest.warns(RuntimeWarning, match="begins with 0x47455420, neither a migration"):
+            stranger = peers.dial(relaying.uri)
+            stranger.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            assert stranger.recv(1) == b""
+        for sock, data in zip(socks, [stream.main, *stream.channels], strict=True):
+            sock.sendall(data[100:])
+        there.join()
+        assert relaying.result().confirmed
+        for sock in (*socks, other, late, stranger):
+            sock.close()
+    assert (work / "snap" / "0-pc.ram.raw").read_bytes() == stream.ram["pc.ram"]
+
+
+def test_nobody_at_the_destination(work: Path) -> None:
+    image(work)
+    with closing(Relaying(f"unix:{work}/nobody", to="zlib")) as relaying:
+        with pytest.raises(PeerError):
+            migrate.send(open_source(work / "image.raw"), relaying.uri)
+        assert f"cannot connect to unix:{work}/nobody: No such file or directory" in relaying.error()
+
+
+def test_a_destination_that_expects_another_method(work: Path) -> None:
+    image(work)
+    there = peers.Receiving(work / "snap", compressor="zlib")
+    with closing(Relaying(there.uri, to="zstd")) as relaying:
+        with pytest.raises(PeerError):
+            migrate.send(open_source(work / "image.raw"), relaying.uri)
+        with pytest.raises(PeerError, match="the sender uses zstd, this side expects zlib"):
+            there.join()
+        assert "the destination" in relaying.error()
+
+
+@pytest.mark.filterwarnings("ignore:.*closed without a byte")
+def test_a_source_of_another_method_than_said(work: Path) -> None:
+    image(work)
+    there = peers.Receiving(work / "snap", timeout=3)
+    with closing(Relaying(there.uri, source="zlib", to="zstd")) as relaying:
+        with pytest.raises(PeerError):
+            migrate.send(open_source(work / "image.raw"), relaying.uri, "zstd")
+        assert "the sender uses zstd, this side expects zlib" in relaying.error()
+    with pytest.raises(PeerError):
+        there.join()
+    assert not (work / "snap").exists()
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2])
+def test_a_source_that_dies(work: Path, cut: int) -> None:
+    """Of main and two channels one is cut short, then all are closed: nothing arrives."""
+    stream = streams.small("zlib", channels=2)
+    files = [stream.main, *stream.channels]
+    files[cut] = files[cut][: len(files[cut]) // 2]
+    there = peers.Receiving(work / "snap", channels=2, timeout=3)
+    with closing(Relaying(there.uri, to="zstd")) as relaying:
+        peers.play(relaying.uri, files, 65536)
+        with pytest.raises(PeerError):
+            there.join()
+        relaying.error()
+    assert not (work / "snap").exists()
+
+
+def test_stop_ends_what_is_under_way(work: Path) -> None:
+    stream = streams.small("zlib", channels=2)
+    there = peers.Receiving(work / "snap", channels=2, timeout=3)
+    relaying = Relaying(there.uri, to="zstd")
+    sock = peers.dial(relaying.uri)
+    sock.sendall(stream.main[:200])
+
+    def passing() -> bool:
+        migration = relaying.relay._current
+        return migration is not None and migration._destination is not None and migration._destination.bytes_written > 0
+
+    assert peers.eventually(passing)
+    relaying.relay.stop()
+    assert relaying.join() == []
+    sock.close()
+    with pytest.raises(PeerError):
+        there.join()
+
+
+def test_zero_pages_that_the_source_did_not_mark(work: Path) -> None:
+    content = image(work)
+    there = peers.Receiving(work / "snap")
+    with closing(Relaying(there.uri, source="zlib", to="zlib", find_zero_pages=True)) as relaying:
+        sent = migrate.send(open_source(work / "image.raw"), relaying.uri, "zlib", zero_pages="none")
+        arrived = there.join()
+        result = relaying.result()
+    zeros = sum(not any(content[at : at + 4096]) for at in range(0, len(content), 4096))
+    assert (sent.zero_pages, result.zero_pages, arrived.zero_pages) == (0, zeros, zeros)
+    assert zeros > 100
+    assert (work / "snap" / "0-pc.ram.raw").read_bytes() == content
+
+
+@pytest.mark.parametrize("piece", [1, 7, 65536])
+def test_switchover_start_is_taken_out_and_nothing_else(work: Path, piece: int) -> None:
+    stream = streams.small("zlib", return_path=True)
+    assert stream.main.count(streams.SWITCHOVER_START) == 1
+    length = len(stream.main) + len(stream.channels[0])
+    there = peers.Keeping(1, everything=length - len(streams.SWITCHOVER_START))
+    with closing(Relaying(there.uri, drop_switchover_start=True)) as relaying:
+        peers.play(relaying.uri, [stream.main, *stream.channels], piece)
+        relaying.join()
+    there.join()
+    assert there.main == stream.main.replace(streams.SWITCHOVER_START, b"")
+    assert there.channels[0] == stream.channels[0]
+
+
+def test_what_passes_unread_is_not_changed(own_capture: dict[str, Capture]) -> None:
+    """Real bytes of QEMU 7.2, with what it leaves in its headers."""
+    files = own_capture["q72-none-2ch"].files()
+    there = peers.Keeping(2, b"", everything=sum(map(len, files)))
+    with closing(Relaying(there.uri)) as relaying:
+        peers.play(relaying.uri, files, 65521)
+        relaying.join()
+    there.join()
+    assert [there.main, *there.channels.values()] == [files[0], *(files[1 + number] for number in there.channels)]
+
+
+def test_a_uuid_is_rewritten(work: Path) -> None:
+    image(work)
+    there = peers.Receiving(work / "snap")
+    with closing(Relaying(there.uri, uuid=bytes(range(16)))) as relaying:
+        migrate.send(open_source(work / "image.raw"), relaying.uri)
+        there.join()
+    assert '"uuid": "00010203-0405-0607-0809-0a0b0c0d0e0f"' in (work / "snap" / "snapshot.json").read_text()

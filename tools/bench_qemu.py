@@ -1,0 +1,162 @@
+"""Compare migrations of a real QEMU 10 with and without multifd between or instead.
+
+make bench-qemu
+
+A paused guest of 512 MiB, 40 % of it zero, 2 channels, over loopback, all processes on two cores.
+A migration's time is QEMU's own `total-time`, or that of `multifd send`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+
+from bench import Codec, Report, plan
+from measure import MULTIFD, Process, make_image, transfer
+from qemus import Qemu, qemus
+from standin import Missing
+
+CHANNELS = 2
+
+
+@dataclass(frozen=True)
+class Run:
+    """One migration: seconds, bytes on the wire behind the relay, and what the relay cost."""
+
+    seconds: float
+    wire_bytes: int
+    relay_cpu: float = 0.0
+    relay_memory: int = 0
+
+
+class Bench:
+    def __init__(self, folder: Path, image: Path, mib: int) -> None:
+        self.folder = folder
+        self.image = image
+        self.mib = mib
+
+    def migrate(self, source_method: str, target_method: str, relay: list[str] | None = None) -> Run:
+        """QEMU to QEMU, directly or through `multifd relay` with these options."""
+        with qemus() as running:
+            running += [
+                Qemu("10.0", self.folder, "source", mib=self.mib),
+                Qemu("10.0", self.folder, "target", mib=self.mib, incoming=True),
+            ]
+            source, target = running
+            shutil.copyfile(self.image, source.ram)
+            source.prepare(channels=CHANNELS, method=source_method, return_path=True, max_bandwidth=100 << 30)
+            target.prepare(channels=CHANNELS, method=target_method)
+            target.monitor.command("migrate-incoming", uri="tcp:127.0.0.1:0")
+            (address,) = target.monitor.command("query-migrate")["socket-address"]
+            uri = f"tcp:127.0.0.1:{address['port']}"
+            between = None
+            if relay is not None:
+                command = [*MULTIFD, "relay", "--listen", "tcp:127.0.0.1:0", "--connect", uri, *relay]
+                child = subprocess.Popen(
+                    [*command, "--migrations", "1", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                )
+                between = Process(child)
+                assert child.stderr is not None
+                uri = child.stderr.readline().split()[-1]
+            source.monitor.command("migrate", uri=uri)
+            source.wait("completed")
+            target.wait("completed")
+            found = source.monitor.command("query-migrate")
+            if target.ram.read_bytes() != source.ram.read_bytes():
+                sys.exit("what arrived is not what was sent")
+            seconds = found["total-time"] / 1000
+            if between is None:
+                return Run(seconds, found["ram"]["transferred"])
+            between.finish()
+            return Run(seconds, between.result["bytes_out"], between.cpu_seconds, between.peak_anonymous)
+
+    def ours(self, method: str) -> Run:
+        """`multifd send` to `multifd receive`."""
+        source, _ = transfer(self.image, self.folder / "snapshot", method)
+        return Run(source.result["seconds"], source.result["wire_bytes"])
+
+
+def alternate(runs: int, *actions: Callable[[], Run]) -> list[list[Run]]:
+    """Each action in turn, so many times."""
+    found: list[list[Run]] = [[] for _ in actions]
+    for _ in range(runs):
+        for action, results in zip(actions, found, strict=True):
+            results.append(action())
+    return found
+
+
+def ratio(of: list[Run], to: list[Run], what: Callable[[Run], float]) -> float:
+    return statistics.median(what(one) / what(other) for one, other in zip(of, to, strict=True))
+
+
+def seconds(run: Run) -> float:
+    return run.seconds
+
+
+def size(run: Run) -> float:
+    return run.wire_bytes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mib", type=int, default=512, help="the guest's memory in MiB (512)")
+    parser.add_argument("--runs", type=int, default=5, help="alternating runs of each (5)")
+    parser.add_argument("--directory", type=Path, default=Path("/dev/shm"), help="where to work (/dev/shm)")
+    arguments = parser.parse_args()
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+    report = Report()
+    folder = Path(tempfile.mkdtemp(prefix="multifd-bench-", dir=arguments.directory))
+    try:
+        image = folder / "guest.raw"
+        make_image(image, arguments.mib)
+        bench = Bench(folder, image, arguments.mib)
+        for method, most, bytes_most, ours_most in (("zlib", 0.40, 1.0, 0.30), ("zstd", 1.15, 0.97, 1.1)):
+            qemu, relay, ours = alternate(
+                arguments.runs,
+                lambda method=method: bench.migrate(method, method),  # type: ignore[misc]
+                lambda method=method: bench.migrate("none", method, ["--from", "none", "--to", method]),  # type: ignore[misc]
+                lambda method=method: bench.ours(method),  # type: ignore[misc]
+            )
+            detail = f"{statistics.median(map(seconds, relay)):.2f} and {statistics.median(map(seconds, qemu)):.2f} s"
+            value = ratio(relay, qemu, seconds)
+            report.line(f"none -> relay -> {method}: time / QEMU's", value, f"<= {most}", value <= most, detail)
+            value = ratio(relay, qemu, size)
+            report.line(f"none -> relay -> {method}: bytes / QEMU's", value, f"<= {bytes_most}", value <= bytes_most)
+            value = ratio(ours, qemu, seconds)
+            report.line(f"send to receive, {method}: time / QEMU's", value, f"<= {ours_most}", value <= ours_most)
+            codec = Codec(method, image, plan(image))
+            alone = statistics.median(codec.encode() for _ in range(arguments.runs))
+            value = statistics.median(run.relay_cpu for run in relay) / alone
+            report.line(f"relay to {method}: CPU / codec alone", value, "<= 1.3", value <= 1.3, f"codec {alone:.2f} s")
+        qemu, relay, ours = alternate(
+            arguments.runs,
+            lambda: bench.migrate("none", "none"),
+            lambda: bench.migrate("none", "none", []),
+            lambda: bench.ours("none"),
+        )
+        value = ratio(qemu, relay, seconds)
+        detail = f"{statistics.median(map(seconds, relay)):.2f} and {statistics.median(map(seconds, qemu)):.2f} s"
+        report.line("none -> relay -> none: rate / QEMU's", value, ">= 0.6", value >= 0.6, detail)
+        value = ratio(ours, qemu, seconds)
+        report.line("send to receive, none: time / QEMU's", value, "<= 1.3", value <= 1.3)
+    except Missing as missing:
+        print(f"left out: {missing}")
+    finally:
+        shutil.rmtree(folder)
+    if report.missed:
+        print(f"missed: {'; '.join(report.missed)}")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Get a QEMU of another release on a Debian machine, without installing anything.
+
+python3 tools/get_qemu.py DIR 7.2|10.0|guest
+
+Prints the path of a qemu-system-x86_64: the machine's own where it is of that release, or a
+script under DIR that starts one unpacked there with all its libraries.  `guest`: the directory of
+a small Linux to run in it, `vmlinuz` and `busybox`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from apt import Apt
+
+#: QEMU -> the Debian suite that has it.
+SUITES = {"7.2": "bookworm", "10.0": "trixie"}
+SCRIPT = """#!/bin/sh
+# Its own loader and libraries: they need not fit this machine's.
+root={root}
+export QEMU_MODULE_DIR="$root/usr/lib/x86_64-linux-gnu/qemu"
+libraries=$root/usr/lib/x86_64-linux-gnu:$root/lib/x86_64-linux-gnu
+exec "$root/usr/lib64/ld-linux-x86-64.so.2" --library-path "$libraries" \\
+    "$root/usr/bin/qemu-system-x86_64" -L "$root/usr/share/qemu" -L "$root/usr/share/seabios" "$@"
+"""
+
+
+def version(program: str | Path) -> str:
+    """`7.2` of QEMU 7.2.22; empty where it does not start."""
+    try:
+        result = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    found = re.search(r"version (\d+\.\d+)", result.stdout)
+    return found[1] if found else ""
+
+
+def get_guest(top: Path) -> Path:
+    """Debian 13's kernel for virtual machines, and a busybox that needs no library."""
+    if not (top / "busybox").exists():
+        shutil.rmtree(top, ignore_errors=True)
+        apt = Apt(top / "apt", "trixie")
+        apt.unpack_with_all_it_needs(top / "root", "linux-image-cloud-amd64", "busybox-static")
+        apt.close()
+        (kernel,) = (top / "root/boot").glob("vmlinuz-*")
+        kernel.rename(top / "vmlinuz")
+        (top / "root/usr/bin/busybox").rename(top / "busybox")
+        shutil.rmtree(top / "root")
+    return top
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, metavar="DIR")
+    parser.add_argument("release", choices=(*SUITES, "guest"))
+    arguments = parser.parse_args()
+    if arguments.release == "guest":
+        print(get_guest(arguments.directory.absolute() / "guest"))
+        return
+    own = shutil.which("qemu-system-x86_64")
+    if own and version(own) == arguments.release:
+        print(own)
+        return
+    top = arguments.directory.absolute() / f"qemu-{arguments.release}"
+    script = top / "qemu-system-x86_64"
+    if version(script) != arguments.release:
+        shutil.rmtree(top, ignore_errors=True)
+        apt = Apt(top / "apt", SUITES[arguments.release])
+        apt.unpack_with_all_it_needs(top / "root", "qemu-system-x86")
+        apt.close()
+        loader = top / "root/usr/lib64/ld-linux-x86-64.so.2"
+        if not loader.exists():  # before usrmerge in the packages themselves
+            loader.parent.mkdir(parents=True, exist_ok=True)
+            loader.symlink_to(top / "root/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2")
+        script.write_text(SCRIPT.format(root=top / "root"))
+        script.chmod(0o755)
+        if version(script) != arguments.release:
+            sys.exit(f"get_qemu: {script} does not start")
+    print(script)
+
+
+if __name__ == "__main__":
+    main()
