@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
@@ -103,7 +104,7 @@ class Keeping:
         self, channels: int, answer: bytes = b"\x00\x01\x00\x04\x00\x00\x00\x00", *, everything: int | None = None
     ) -> None:
         self.answer = answer
-        self._missing = everything
+        self.missing = everything
         self._changed = threading.Condition()
         self.main = b""
         self.channels: dict[int, bytes] = {}
@@ -133,15 +134,16 @@ class Keeping:
         with sock:
             while piece := sock.recv(1 << 20):
                 data += piece
-                if data[:4] == b"QEVM" and data[-1:] == b"}":
+                whole = data[:4] == b"QEVM" and _described(data)
+                if whole:
                     sock.sendall(self.answer)
-                if self._missing is not None:
+                if self.missing is not None:
                     with self._changed:
-                        self._missing -= len(piece)
+                        self.missing -= len(piece)
                         self._changed.notify_all()
-                    if data[:4] == b"QEVM" and data[-1:] == b"}":
+                    if whole:
                         with self._changed:
-                            assert self._changed.wait_for(lambda: not self._missing, TIMEOUT)
+                            assert self._changed.wait_for(lambda: not self.missing, TIMEOUT)
                         break
         if data[:4] == b"QEVM":
             self.main = bytes(data)
@@ -151,6 +153,14 @@ class Keeping:
     def join(self) -> None:
         self._thread.join(TIMEOUT)
         assert not self._thread.is_alive()
+
+
+def _described(data: bytearray) -> bool:
+    """Whether the description of the device state, a stream's last part, is there to its end."""
+    try:
+        return isinstance(json.loads(data[data.rindex(b'{"page_size"') :]), dict)
+    except ValueError:
+        return False
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 10) -> bool:

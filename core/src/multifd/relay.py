@@ -96,6 +96,8 @@ class _Leg:
 
 #: A command without data: section type, number, length.
 COMMAND_SIZE = 1 + COMMAND_HEAD.size
+#: Seconds that a multifd channel waits for its main channel, which QEMU connects first.
+MAIN_WAIT = 10.0
 GONE = "the destination closed the connection: its own message says why"
 
 INCOMPLETE = "the source ended before its migration was complete: was it cancelled?"
@@ -139,6 +141,7 @@ class _Migration:
             if self._over:
                 return False
             self._connections.append(connection)
+            self._threads = [thread for thread in self._threads if thread.is_alive()]
             self._spawn(lambda: self._serve(connection))
             return True
 
@@ -193,6 +196,7 @@ class _Migration:
                 self._begin(connection)
             else:
                 self._register(connection, init)
+                self._await_blocks(connection, init)
         except _Foreign as error:
             self._ignore(connection, error)
             return
@@ -217,7 +221,10 @@ class _Migration:
 
     def _ignore(self, connection: SocketConnection, why: PeerError) -> None:
         warnings.warn(f"{why}: ignored", RuntimeWarning, stacklevel=2)
-        connection.interrupt()
+        with self._changed:
+            if not self._over:  # join() closes them from then on
+                self._connections.remove(connection)
+                connection.close()
 
     def _connect(self) -> SocketConnection:
         connection = connect(self._target, self._silence)
@@ -228,9 +235,21 @@ class _Migration:
             connection.interrupt()
         return connection
 
+    def _await_blocks(self, connection: SocketConnection, init: InitPacket) -> None:
+        """Wait for the page size.  Raises _Foreign for what an earlier migration left behind."""
+        deadline = time.monotonic() + MAIN_WAIT
+        with self._changed:
+            while not self._changed.wait_for(lambda: self._blocks_known or self._over, 0.2):
+                if self._source is None and (connection.hung_up() or time.monotonic() > deadline):
+                    self._ids.remove(init.id)
+                    if not self._ids:
+                        self._uuid = None
+                    raise _Foreign(
+                        f"{connection.name} is channel {init.id} of a migration whose main channel is not here"
+                    )
+
     def _open_leg(self, connection: SocketConnection, init: InitPacket) -> _Leg | None:
         with self._changed:
-            self._changed.wait_for(lambda: self._blocks_known or self._over)
             if self._over:
                 return None
             page_size = self._parser.page_size
@@ -252,6 +271,7 @@ class _Migration:
             if self._source is not None:
                 raise _Foreign(f"{connection.name} is a second main channel, the relay serves one migration at a time")
             self._source = connection
+            self._started = time.monotonic()
 
     def _register(self, connection: SocketConnection, init: InitPacket) -> None:
         with self._changed:
@@ -297,13 +317,13 @@ class _Migration:
             raise error.at("main channel") from error
         if not self._plan.drop_switchover_start:
             return data
-        # What is not wholly read yet waits, so that a command is never half-way out.
+        # A command that has not wholly come waits, so that it is never half-way out.
         self._held += data
         start = self._held_from
         for end in cuts:
             del self._held[end - COMMAND_SIZE - start : end - start]
             start += COMMAND_SIZE
-        self._held_from = self._parser.position
+        self._held_from = self._parser.settled
         count = self._held_from - start
         passed = bytes(self._held[:count])
         del self._held[:count]

@@ -142,6 +142,7 @@ class Parser:
         self._buffer = bytearray()
         self._position = 0
         self._consumed = 0
+        self._command_at: int | None = None
         self._blocks: dict[str, Block] = {}
         self._block: Block | None = None
         self._in_device_state = False
@@ -152,6 +153,11 @@ class Parser:
     def position(self) -> int:
         """Bytes read so far; while `events` goes on, the end of the event that it gave."""
         return self._consumed + self._position
+
+    @property
+    def settled(self) -> int:
+        """As `position`, without the beginning of a command whose end has not come."""
+        return self.position if self._command_at is None else self._command_at
 
     def feed(self, data: bytes) -> None:
         """Add bytes; `events` says what they complete."""
@@ -304,6 +310,7 @@ class Parser:
         raise self._wrong(f"the source has {' and '.join(names)} on, which leave memory out: turn it off there")
 
     def _command(self) -> _Steps:
+        self._command_at = self.position - 1  # its section's type is read
         number, length = yield from self._unpack(COMMAND_HEAD)
         if 3 <= number <= 10:
             what = "COLO" if number == 8 else f"postcopy: {_POSTCOPY}"
@@ -312,6 +319,7 @@ class Parser:
         if wanted is not None and length != wanted:
             raise self._wrong(f"command {number} with {length} bytes of data, not {wanted}")
         data = yield from self._take(length)
+        self._command_at = None
         yield CommandReceived(number, data)
 
     def _refuse_section(self, kind: int) -> _Steps:

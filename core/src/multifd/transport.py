@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import select
 import socket
 import stat
 import struct
@@ -235,6 +236,12 @@ class SocketConnection:
     def interrupt(self, *, reading_only: bool = False) -> None:
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RD if reading_only else socket.SHUT_RDWR)
+
+    def hung_up(self) -> bool:
+        """Whether the other side has closed, though there may be something left to read."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLRDHUP)
+        return bool(poll.poll(0))
 
     def finish(self) -> None:
         """Say that nothing more will be written; reading goes on."""
