@@ -19,6 +19,9 @@ from standin import Missing
 from test_relay import Relaying, closing
 
 MIB = 24
+#: A QEMU 10.0 whose migration fails in a SYNC can hang for good, its monitor too: the thread of a channel that
+#: sees another one fail leaves without waking who waits for it.  With one channel it cannot happen.
+FAILING_CHANNELS = 1
 
 Start = Callable[..., Qemu]
 
@@ -161,8 +164,8 @@ def test_relay_takes_out_what_an_older_destination_refuses(start: Start, work: P
     source = start("10.0", "source", machine=machine, more=["-global", "migration.send-switchover-start=on"])
     target = start("7.2", "target", machine=machine, incoming=True)
     source.fill(content())
-    source.prepare(return_path=True)
-    target.prepare()
+    source.prepare(channels=FAILING_CHANNELS, return_path=True)
+    target.prepare(channels=FAILING_CHANNELS)
     target.monitor.command("migrate-incoming", uri=f"unix:{work}/incoming")
     with closing(Relaying(f"unix:{work}/incoming", drop_switchover_start=drop)) as relaying:
         source.monitor.command("migrate", uri=relaying.uri)
@@ -182,8 +185,8 @@ def test_relay_when_somebody_goes_away(start: Start, work: Path, release: str, w
     source = start(release, "source")
     target = start(release, "target", incoming=True)
     source.fill(content())
-    source.prepare(return_path=True, max_bandwidth=2_000_000)
-    target.prepare(method="zlib")
+    source.prepare(channels=FAILING_CHANNELS, return_path=True, max_bandwidth=2_000_000)
+    target.prepare(channels=FAILING_CHANNELS, method="zlib")
     target.monitor.command("migrate-incoming", uri=f"unix:{work}/incoming")
     with closing(Relaying(f"unix:{work}/incoming", migrations=2, to="zlib")) as relaying:
         source.monitor.command("migrate", uri=relaying.uri)

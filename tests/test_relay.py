@@ -276,6 +276,15 @@ def test_switchover_start_that_comes_in_two_parts(cut: int) -> None:
     assert there.main == stream.main.replace(streams.SWITCHOVER_START, b"")
 
 
+def test_a_destination_that_goes_without_its_confirmation_is_no_success() -> None:
+    stream = streams.small("zlib", return_path=True)
+    there = peers.Keeping(1, b"", everything=len(stream.main) + len(stream.channels[0]))
+    with closing(Relaying(there.uri)) as relaying:
+        peers.play(relaying.uri, [stream.main, *stream.channels], 65536)
+        assert "the destination closed the connection" in relaying.error()
+    there.join()
+
+
 def test_what_passes_unread_is_not_changed(own_capture: dict[str, Capture]) -> None:
     """Real bytes of QEMU 7.2, with what it leaves in its headers."""
     files = own_capture["q72-none-2ch"].files()

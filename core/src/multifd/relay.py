@@ -425,6 +425,8 @@ class _Migration:
             raise PeerError(INCOMPLETE)
         if self._answers.shut:
             raise PeerError(f"the destination reports that it failed (code {self._answers.shut})")
+        if self._return_path and self._answers.shut is None:
+            raise PeerError(GONE)
         legs = list(self._legs.values())
         for leg in legs:
             if leg.syncs < self._sync_points:
