@@ -21,7 +21,7 @@ LAYERS = [
     {"send", "recv"},
     {"qmp"},
     {"migrate"},
-    {"relay", "inspect"},
+    {"relay", "inspect", "doctor"},
     {"cli"},
     {"__main__"},
 ]

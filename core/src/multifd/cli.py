@@ -201,6 +201,16 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_relay)
 
     command = commands.add_parser(
+        "doctor",
+        parents=[common],
+        help="compare two QEMUs before anything moves",
+        description="Ask both QEMUs, change nothing, and say what would fail and how to set it.",
+    )
+    for side in ("source", "destination"):
+        command.add_argument(f"--{side}-qmp", required=True, metavar="SOCKET", help=f"the monitor of the {side}'s QEMU")
+    command.set_defaults(run=_doctor)
+
+    command = commands.add_parser(
         "inspect",
         parents=[common],
         help="what a recording or a snapshot holds",
@@ -364,6 +374,27 @@ def _report(arguments: argparse.Namespace, verb: str, result: Result, more: dict
         f"{result.memory_bytes / max(result.wire_bytes, 1):.2f}), {channels}, {result.compressor}"
         + (f" (packets: {ways})" if ways else "")
     )
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from multifd import doctor
+    from multifd.qmp import Monitor
+
+    with Monitor(arguments.source_qmp) as monitor:
+        source = doctor.examine(monitor)
+    with Monitor(arguments.destination_qmp) as monitor:
+        destination = doctor.examine(monitor)
+    troubles = doctor.compare(source, destination)
+    if arguments.json:
+        found = {"source": asdict(source), "destination": asdict(destination), "troubles": list(map(asdict, troubles))}
+        print(json.dumps(found, indent=2))
+    else:
+        print(f"{'source':<13}{doctor.describe(source)}\n{'destination':<13}{doctor.describe(destination)}")
+        for trouble in troubles:
+            print(f"- {trouble.what}: {trouble.remedy}")
+        if not troubles:
+            print("nothing is seen that would fail")
+    return int(bool(troubles))
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

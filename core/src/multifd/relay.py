@@ -3,7 +3,7 @@
     from multifd.relay import Relay
 
     with Relay("tcp:0.0.0.0:4444", "tcp:there:4444", to="zstd") as relay:
-        relay.serve()
+        relay.serve(print)
 
 The main channel passes through untouched in both directions, so it is the destination that
 confirms.  Each multifd channel has a thread, which keeps the order of its packets; what is in
