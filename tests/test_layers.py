@@ -22,13 +22,14 @@ LAYERS = [
     {"qmp"},
     {"migrate"},
     {"relay", "inspect", "doctor"},
+    {"metrics"},
     {"cli"},
     {"__main__"},
 ]
 #: Names that only these modules may import.
 ROOMS = {
     "socket": {"transport"},
-    "threading": {"send", "recv", "migrate", "relay"},
+    "threading": {"send", "recv", "migrate", "relay", "metrics"},
     "pluggy": {"hookspecs", "plugins"},
 }
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import itertools
 import socket
+import subprocess
+import sys
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +19,9 @@ import peers
 import qatdriver
 import streams
 from conftest import Capture
-from multifd import migrate
-from multifd.errors import MultifdError, PeerError
-from multifd.relay import Relay, Relayed
+from multifd import metrics, migrate
+from multifd.errors import CallerError, MultifdError, PeerError
+from multifd.relay import STAGES, Relay, Relayed
 from multifd.snapshot import open_source
 
 METHODS = ["none", "zlib", "zstd", "qatzip-sw"]
@@ -296,6 +300,46 @@ def test_what_passes_unread_is_not_changed(own_capture: dict[str, Capture]) -> N
     assert [there.main, *there.channels.values()] == [files[0], *(files[1 + number] for number in there.channels)]
 
 
+def scrape(uri: str) -> dict[str, float]:
+    with urllib.request.urlopen(f"http://{uri.removeprefix('tcp:')}/metrics", timeout=peers.TIMEOUT) as answer:
+        assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        lines = answer.read().decode().splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+
+def test_metrics_add_up_over_migrations(work: Path) -> None:
+    image(work)
+    sent = arrived = 0
+    with (
+        closing(Relaying(f"unix:{work}/there", migrations=2, to="zstd")) as relaying,
+        metrics.serving("tcp:127.0.0.1:0", relaying.relay.counters) as uri,
+    ):
+        assert scrape(uri) == {"multifd_relay_active": 0}
+        for number in range(2):
+            there = peers.Receiving(work / f"snap{number}", f"unix:{work}/there")
+            result = migrate.send(open_source(work / "image.raw"), relaying.uri, "zlib")
+            sent += result.wire_bytes
+            arrived += there.join().wire_bytes
+        relaying.join()
+        found = scrape(uri)
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"http://{uri.removeprefix('tcp:')}/", timeout=peers.TIMEOUT)
+        with pytest.raises(CallerError, match=f"cannot listen on {uri}: Address already in use"):
+            metrics.serving(uri, dict).__enter__()
+    assert found['multifd_relay_migrations_total{outcome="completed"}'] == 2
+
+    def total(name: str, label: str = "") -> float:
+        return sum(value for key, value in found.items() if key.startswith(f"multifd_relay_{name}{{{label}"))
+
+    assert (total("bytes_total", 'direction="in"'), total("bytes_total", 'direction="out"')) == (sent, arrived)
+    assert total("pages_total", 'kind="zero"') == 2 * result.zero_pages
+    assert total("pages_total", 'kind="normal"') == 2 * result.normal_pages
+    assert total("packets_total") == 2 * result.packets
+    both = 'channel="0",from="zlib",to="zstd"}'
+    assert all(found[f'multifd_relay_stage_seconds_total{{stage="{stage}",{both}'] > 0 for stage in STAGES)
+    assert found[f"multifd_relay_ratio{{{both}"] > 1.5
+
+
 def test_a_uuid_is_rewritten(work: Path) -> None:
     image(work)
     there = peers.Receiving(work / "snap")
@@ -303,3 +347,15 @@ def test_a_uuid_is_rewritten(work: Path) -> None:
         migrate.send(open_source(work / "image.raw"), relaying.uri)
         there.join()
     assert '"uuid": "00010203-0405-0607-0809-0a0b0c0d0e0f"' in (work / "snap" / "snapshot.json").read_text()
+
+
+def test_relay_tells_its_metrics() -> None:
+    command = ["relay", "--listen", "tcp:127.0.0.1:0", "--connect", "tcp:127.0.0.1:1", "--metrics", "tcp:127.0.0.1:0"]
+    with subprocess.Popen([sys.executable, "-m", "multifd", *command], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said = process.stderr.readline().strip()
+        uri = said.removeprefix("multifd: metrics on tcp:")
+        with urllib.request.urlopen(f"http://{uri}/metrics", timeout=30) as answer:
+            assert b"\nmultifd_relay_active 0\n" in answer.read()
+        process.terminate()
+        assert process.wait(30) == 0

@@ -14,7 +14,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -197,6 +197,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="look for zero pages that the source did not mark (for a destination of 9.0 or newer with fresh memory)",
     )
+    command.add_argument("--metrics", metavar="tcp:HOST:PORT", help="answer GET /metrics there, as Prometheus reads it")
     command.add_argument("--migrations", type=int, metavar="N", help="end after so many (never)")
     command.set_defaults(run=_relay)
 
@@ -342,20 +343,27 @@ def _relay(arguments: argparse.Namespace) -> int:
                 flush=True,
             )
 
-    with Relay(
-        arguments.listen,
-        arguments.connect,
-        source=arguments.source,
-        to=arguments.to,
-        uuid=arguments.uuid,
-        channels=arguments.channels,
-        drop_switchover_start=arguments.drop_switchover_start,
-        find_zero_pages=arguments.find_zero_pages,
-        timeout=arguments.timeout or DEFAULT_TIMEOUT,
-    ) as relay:
+    with (
+        Relay(
+            arguments.listen,
+            arguments.connect,
+            source=arguments.source,
+            to=arguments.to,
+            uuid=arguments.uuid,
+            channels=arguments.channels,
+            drop_switchover_start=arguments.drop_switchover_start,
+            find_zero_pages=arguments.find_zero_pages,
+            timeout=arguments.timeout or DEFAULT_TIMEOUT,
+        ) as relay,
+        ExitStack() as stack,
+    ):
+        if arguments.metrics:
+            from multifd.metrics import serving
+
+            _say(f"metrics on {stack.enter_context(serving(arguments.metrics, relay.counters))}")
         _say(f"listening on {relay.uri}")
-        with suppress(KeyboardInterrupt, SystemExit):  # it serves until it is told to stop
-            relay.serve(show, migrations=arguments.migrations)
+        stack.enter_context(suppress(KeyboardInterrupt, SystemExit))  # it serves until it is told to stop
+        relay.serve(show, migrations=arguments.migrations)
     return int(failed and arguments.migrations is not None)
 
 

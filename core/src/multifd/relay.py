@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import NamedTuple, Self
 
 from multifd.errors import MultifdError, PeerError, UsageError
 from multifd.flags import MAX_PAYLOAD, VM_FILE_MAGIC, Command, method_name
@@ -64,6 +64,17 @@ class Relayed:
     statistics: dict[str, int]
 
 
+class Sample(NamedTuple):
+    """What a counter counts: its name, and its labels with their values."""
+
+    name: str
+    labels: tuple[tuple[str, str], ...]
+
+
+#: Where a channel's time goes: waiting for a packet and its header, its payload read and decoded, encoded, written.
+STAGES = ("wait", "decode", "encode", "write")
+
+
 @dataclass(frozen=True, slots=True)
 class _Plan:
     """How packets change; `to` is None where they pass as they are."""
@@ -92,6 +103,35 @@ class _Leg:
     syncs: int = 0
     ended: bool = False
     methods: set[int] = field(default_factory=set)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+
+    def lap(self, stage: str, since: float) -> float:
+        """Count the time since then to a stage; returns now."""
+        now = time.perf_counter()
+        self.seconds[stage] += now - since
+        return now
+
+    def counters(self, to: str | None) -> dict[Sample, float]:
+        """What went through, as samples; `to` is the method that it left with, None where it passed.
+
+        Empty before its first page, which tells the method that it came with.
+        """
+        if not self.methods:
+            return {}
+        came = method_name(max(self.methods))
+        where = {"channel": str(self.id), "from": came, "to": to or came}
+        return {
+            Sample("bytes", (("direction", "in"), *where.items())): self.source.bytes_read,
+            Sample("bytes", (("direction", "out"), *where.items())): self.destination.bytes_written,
+            Sample("memory_bytes", tuple(where.items())): (self.normal_pages + self.zero_pages) * self.page_size,
+            Sample("packets", tuple(where.items())): self.packets,
+            Sample("pages", (("kind", "normal"), *where.items())): self.normal_pages,
+            Sample("pages", (("kind", "zero"), *where.items())): self.zero_pages,
+            **{
+                Sample("stage_seconds", (("stage", stage), *where.items())): spent
+                for stage, spent in self.seconds.items()
+            },
+        }
 
 
 #: A command without data: section type, number, length.
@@ -371,6 +411,7 @@ class _Migration:
         head = memoryview(header)
         pages = memoryview(packet_buffer())
         payload = memoryview(bytearray(MAX_PAYLOAD))
+        since = time.perf_counter()
         while True:
             try:
                 packet = read_packet(leg.source, head, leg.page_size)
@@ -380,6 +421,7 @@ class _Migration:
                     leg.ended = True
                     self._check_syncs()
                 return
+            since = leg.lap("wait", since)
             leg.packets += 1
             leg.normal_pages += len(packet.normal)
             leg.zero_pages += len(packet.zero)
@@ -388,16 +430,18 @@ class _Migration:
                 leg.methods.add(packet.method)
             leg.syncs += packet.sync
             if leg.encoder is not None:
-                self._recode(leg, leg.encoder, packet, pages)
+                since = self._recode(leg, leg.encoder, packet, pages, since)
                 continue
             if packet.next_packet_size > MAX_PAYLOAD:
                 raise PeerError(f"packet {packet.packet_num}: a payload of {packet.next_packet_size} bytes is too long")
             body = payload[: packet.next_packet_size]
             if body:
                 leg.source.read_into(body, due=True)
+            since = leg.lap("wait", since)
             leg.destination.write([head, body])
+            since = leg.lap("write", since)
 
-    def _recode(self, leg: _Leg, encoder: Encoder, packet: RamPacket, buffer: memoryview) -> None:
+    def _recode(self, leg: _Leg, encoder: Encoder, packet: RamPacket, buffer: memoryview, since: float) -> float:
         assert self._plan.to is not None
         payload: Sequence[Buffer] = ()
         if packet.normal:
@@ -405,6 +449,7 @@ class _Migration:
             count = len(packet.normal)
             pages = buffer[: count * size]
             leg.decoder.decode(packet, pages, size)
+            since = leg.lap("decode", since)
             pages = pages.toreadonly()
             runs: Sequence[tuple[int, int]] = [(0, count)]
             if self._plan.find_zero_pages and (found := zero_indexes(pages, size)):
@@ -416,9 +461,26 @@ class _Migration:
                 leg.zero_pages += len(zero)
             if runs:
                 payload = encoder.encode([pages[first * size : end * size] for first, end in runs])
+            since = leg.lap("encode", since)
         method = self._plan.to[0].facts.flag
         packet = replace(packet, method=method, next_packet_size=sum(map(len, payload)))
         leg.destination.write([packet.pack(leg.page_size), *payload])
+        return leg.lap("write", since)
+
+    def counters(self) -> dict[Sample, float]:
+        """What went through so far; the main channel has no method."""
+        found: dict[Sample, float] = {}
+        with self._changed:
+            legs = list(self._legs.values())
+            source, destination = self._source, self._destination
+        to = self._plan.to[0].facts.method if self._plan.to is not None else None
+        for leg in legs:
+            found |= leg.counters(to)
+        if source is not None:
+            found[Sample("bytes", (("direction", "in"), ("channel", "main")))] = source.bytes_read
+        if destination is not None:
+            found[Sample("bytes", (("direction", "out"), ("channel", "main")))] = destination.bytes_written
+        return found
 
     def _result(self) -> Relayed:
         if not self._parser.complete:
@@ -454,6 +516,10 @@ class _Migration:
             confirmed=self._answers.shut == 0 if self._return_path else None,
             statistics=dict(statistics),
         )
+
+
+def _sum(total: dict[Sample, float], more: dict[Sample, float]) -> dict[Sample, float]:
+    return total | {sample: total.get(sample, 0.0) + count for sample, count in more.items()}
 
 
 class Relay:
@@ -501,6 +567,7 @@ class Relay:
         self._changed = threading.Condition()
         # Guarded by the condition:
         self._current: _Migration | None = None
+        self._totals: dict[Sample, float] = {}
         self._stopped = False
         self._listener = Listener(where)
         self.uri = str(self._listener.uri)
@@ -525,6 +592,14 @@ class Relay:
             self._changed.notify_all()
         self._listener.interrupt()
 
+    def counters(self) -> dict[Sample, float]:
+        """What went through since the start, and `active`: 1 while a migration is under way."""
+        with self._changed:
+            current, now = self._current, self._totals
+            if current is not None:
+                now = _sum(now, current.counters())
+        return {Sample("active", ()): float(current is not None), **now}
+
     def serve(self, on_end: Callable[[Relayed | MultifdError], None], *, migrations: int | None = None) -> None:
         """Serve until `stop`, or so many migrations; `on_end` is told how each came out."""
         accepting = threading.Thread(target=self._accept, name="multifd-relay-accept", daemon=True)
@@ -538,6 +613,9 @@ class Relay:
                     outcome = error
                 with self._changed:
                     self._current = None
+                    how = "failed" if isinstance(outcome, MultifdError) else "completed"
+                    ended = {Sample("migrations", (("outcome", how),)): 1.0}
+                    self._totals = _sum(self._totals, migration.counters() | ended)
                     self._changed.notify_all()
                     stopped = self._stopped
                 if not stopped:
