@@ -152,3 +152,4 @@ def test_on_the_command_line(start: Start, work: Path) -> None:
     assert trouble["what"] == "multifd-compression differs: zstd and none"
     nobody = run("--source-qmp", f"{work}/nobody", "--destination-qmp", f"{work}/destination.qmp")
     assert (nobody.returncode, len(nobody.stderr.splitlines())) == (1, 1)
+    assert "is QEMU's monitor listening there?" in nobody.stderr

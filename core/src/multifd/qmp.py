@@ -35,7 +35,7 @@ class Monitor:
         self.name = str(uri)
         silence = Silence(timeout)
         silence.awaited = True
-        self._connection = connect(uri, silence)
+        self._connection = connect(uri, silence, "QEMU's monitor")
         self._unread = b""
         try:
             greeting = self._read()

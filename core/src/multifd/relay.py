@@ -409,8 +409,8 @@ class _Migration:
     def _relay_packets(self, leg: _Leg) -> None:
         header = bytearray(header_length(leg.page_size))
         head = memoryview(header)
-        pages = memoryview(packet_buffer())
-        payload = memoryview(bytearray(MAX_PAYLOAD))
+        # For pages, or for a payload that passes as it is.
+        room = memoryview(bytearray(MAX_PAYLOAD) if leg.encoder is None else packet_buffer())
         since = time.perf_counter()
         while True:
             try:
@@ -430,11 +430,11 @@ class _Migration:
                 leg.methods.add(packet.method)
             leg.syncs += packet.sync
             if leg.encoder is not None:
-                since = self._recode(leg, leg.encoder, packet, pages, since)
+                since = self._recode(leg, leg.encoder, packet, room, since)
                 continue
             if packet.next_packet_size > MAX_PAYLOAD:
                 raise PeerError(f"packet {packet.packet_num}: a payload of {packet.next_packet_size} bytes is too long")
-            body = payload[: packet.next_packet_size]
+            body = room[: packet.next_packet_size]
             if body:
                 leg.source.read_into(body, due=True)
             since = leg.lap("wait", since)

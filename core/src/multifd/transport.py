@@ -317,8 +317,8 @@ def _remove_dead_socket(path: str) -> None:
         return
 
 
-def connect(uri: Uri, silence: Silence) -> SocketConnection:
-    """Connect within `silence.timeout` seconds.  Raises HostError."""
+def connect(uri: Uri, silence: Silence, who: str = "the destination") -> SocketConnection:
+    """Connect to somebody within `silence.timeout` seconds.  Raises HostError."""
     error: OSError | None = None
     try:
         if uri.scheme == "unix":
@@ -341,7 +341,7 @@ def connect(uri: Uri, silence: Silence) -> SocketConnection:
     if isinstance(error, TimeoutError):
         raise HostError(f"{uri} does not answer within {silence.timeout:g} s (--timeout)") from error
     refused = isinstance(error, (ConnectionRefusedError, FileNotFoundError))
-    hint = ": is the destination listening there?" if refused else ""
+    hint = f": is {who} listening there?" if refused else ""
     raise HostError(f"cannot connect to {uri}: {error.strerror if error else 'no address'}{hint}") from error
 
 
