@@ -99,6 +99,22 @@ def test_relay(start: Start, work: Path, source_release: str, target_release: st
     assert (result.confirmed, result.channels, result.source, result.destination) == (True, 3, method, to)
 
 
+@pytest.mark.parametrize("detection", ["none", "legacy", "multifd"])
+def test_zero_page_detection(start: Start, work: Path, detection: str) -> None:
+    """Zero pages as normal ones, on the main channel, in the packets: through a relay into a snapshot."""
+    source = start("10.0", "source")
+    source.fill(content())
+    source.prepare(zero_page_detection=detection, return_path=True)
+    there = peers.Receiving(work / "snap")
+    with closing(Relaying(there.uri, to="zlib")) as relaying:
+        source.monitor.command("migrate", uri=relaying.uri)
+        there.join()
+        result = relaying.result()
+        source.wait("completed")
+    assert (work / "snap" / "0-pc.ram.raw").read_bytes() == content()
+    assert (result.zero_pages > 1000) == (detection == "multifd")
+
+
 def settings(qemu: Qemu) -> tuple[object, object]:
     return (
         qemu.monitor.command("query-migrate-capabilities"),
