@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -97,6 +98,30 @@ def test_relay(start: Start, work: Path, source_release: str, target_release: st
         result = relaying.result()
     assert target.ram.read_bytes() == content()
     assert (result.confirmed, result.channels, result.source, result.destination) == (True, 3, method, to)
+
+
+@pytest.mark.filterwarnings("ignore:.*ignored")
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize(
+    ("theirs", "ours", "message"),
+    [
+        ({"method": "zstd"}, {"compressor": "zlib"}, "the sender uses zstd, this side expects zlib"),
+        ({"channels": 4}, {"channels": 2}, "the sender uses at least [34] channels, this side expects 2"),
+        ({"channels": 2}, {"channels": 4}, "2 of 4 multifd channels came: start both sides with the same number"),
+        ({"multifd": False}, {}, "0 of 2 multifd channels came: .*and multifd on"),
+    ],
+)
+def test_settings_that_differ_are_named(
+    start: Start, work: Path, release: str, theirs: dict[str, Any], ours: dict[str, Any], message: str
+) -> None:
+    source = start(release, "source")
+    source.fill(content())
+    source.prepare(**theirs)
+    there = peers.Receiving(work / "snap", timeout=3, **ours)
+    source.monitor.command("migrate", uri=there.uri)
+    with pytest.raises(PeerError, match=message):
+        there.join()
+    assert not (work / "snap").exists()
 
 
 @pytest.mark.parametrize("detection", ["none", "legacy", "multifd"])
