@@ -16,7 +16,7 @@ LAYERS = [
     {"errors", "flags"},
     {"wire"},
     {"ram", "transport"},
-    {"hookspecs", "stream", "snapshot"},
+    {"hookspecs", "stream", "snapshot", "tls"},
     {"nocomp", "plugins"},
     {"send", "recv"},
     {"qmp"},
@@ -29,7 +29,8 @@ LAYERS = [
 #: Names that only these modules may import.
 ROOMS = {
     "socket": {"transport"},
-    "threading": {"send", "recv", "migrate", "relay", "metrics"},
+    "ssl": {"tls"},
+    "threading": {"tls", "send", "recv", "migrate", "relay", "metrics"},
     "pluggy": {"hookspecs", "plugins"},
 }
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 SOURCE_HELP = "a raw memory image, or a snapshot's directory"
 WAKE_SECONDS = 0.25
 URI_HELP = "tcp:HOST:PORT or unix:PATH"
+LISTENING_CREDS = "a directory with ca-cert.pem, server-cert.pem, server-key.pem, as QEMU's tls-creds-x509"
+CONNECTING_CREDS = "a directory with ca-cert.pem, client-cert.pem, client-key.pem, as QEMU's tls-creds-x509"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -137,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--idle-timeout", type=_seconds, metavar="SECONDS", help="give up when nothing comes for so long (never)"
     )
+    command.add_argument("--tls-creds", metavar="DIR", help=f"expect TLS: {LISTENING_CREDS}")
     command.add_argument("--qmp", metavar="SOCKET", help="the source QEMU's monitor: set it up, start it, watch it")
     command.add_argument(
         "--then", choices=("stop", "resume", "quit"), default="stop", help="with --qmp: the guest afterwards (stop)"
@@ -170,6 +173,8 @@ def _parser() -> argparse.ArgumentParser:
         choices=("section", "round"),
         help="a sync point per section, for machine types up to 8.0, or per round, for newer ones (the snapshot's)",
     )
+    command.add_argument("--tls-creds", metavar="DIR", help=f"use TLS: {CONNECTING_CREDS}")
+    command.add_argument("--tls-hostname", metavar="NAME", help="what the destination's certificate names (URI's host)")
     command.add_argument(
         "--qmp", metavar="SOCKET", help="the monitor of the destination's QEMU, started with -incoming defer: set it up"
     )
@@ -196,6 +201,11 @@ def _parser() -> argparse.ArgumentParser:
         "--find-zero-pages",
         action="store_true",
         help="look for zero pages that the source did not mark (for a destination of 9.0 or newer with fresh memory)",
+    )
+    command.add_argument("--listen-tls-creds", metavar="DIR", help=f"expect TLS of the source: {LISTENING_CREDS}")
+    command.add_argument("--connect-tls-creds", metavar="DIR", help=f"use TLS to the destination: {CONNECTING_CREDS}")
+    command.add_argument(
+        "--connect-tls-hostname", metavar="NAME", help="what the destination's certificate names (its URI's host)"
     )
     command.add_argument("--metrics", metavar="tcp:HOST:PORT", help="answer GET /metrics there, as Prometheus reads it")
     command.add_argument("--migrations", type=int, metavar="N", help="end after so many (never)")
@@ -284,6 +294,7 @@ def _receive(arguments: argparse.Namespace) -> int:
             timeout=arguments.timeout or migrate.DEFAULT_TIMEOUT,
             first_timeout=arguments.timeout,
             idle_timeout=arguments.idle_timeout,
+            tls_creds=arguments.tls_creds,
             qmp=arguments.qmp,
             then=arguments.then,
             on_listening=lambda uri: _say(f"listening on {uri}"),
@@ -313,6 +324,8 @@ def _send(arguments: argparse.Namespace) -> int:
             sync=arguments.sync,
             uuid=arguments.uuid,
             timeout=arguments.timeout or migrate.DEFAULT_TIMEOUT,
+            tls_creds=arguments.tls_creds,
+            tls_hostname=arguments.tls_hostname,
             qmp=arguments.qmp,
             on_progress=line.show,
         )
@@ -353,6 +366,9 @@ def _relay(arguments: argparse.Namespace) -> int:
             channels=arguments.channels,
             drop_switchover_start=arguments.drop_switchover_start,
             find_zero_pages=arguments.find_zero_pages,
+            listen_tls_creds=arguments.listen_tls_creds,
+            connect_tls_creds=arguments.connect_tls_creds,
+            connect_tls_hostname=arguments.connect_tls_hostname,
             timeout=arguments.timeout or DEFAULT_TIMEOUT,
         ) as relay,
         ExitStack() as stack,

@@ -55,6 +55,7 @@ from multifd.transport import (
     SocketConnection,
     Stalled,
     Uri,
+    Wrap,
     connect,
     open_recording,
 )
@@ -106,9 +107,40 @@ def _counted(count: int, what: str) -> str:
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
+def warn_exposed(connection: SocketConnection) -> None:
+    """Guest memory on the network for everybody to read: say so."""
+    if connection.exposed():
+        host = connection.name.removeprefix("the connection from ").removeprefix("tcp:").rpartition(":")[0]
+        warnings.warn(
+            f"the guest's memory passes unencrypted between this machine and {host}: use TLS, or trust the network",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
 def _check_channels(channels: int) -> None:
     if not 1 <= channels <= MAX_CHANNELS:
         raise UsageError(f"{channels} channels: QEMU takes 1 to {MAX_CHANNELS}")
+
+
+def listening_wrap(tls_creds: str | Path | None) -> Wrap:
+    """What makes connections of those that come: plain, or with TLS.  Raises CallerError."""
+    if tls_creds is None:
+        return SocketConnection
+    from multifd import tls
+
+    return tls.server(tls_creds)
+
+
+def connecting_wrap(tls_creds: str | Path | None, hostname: str | None, uri: Uri) -> Wrap:
+    """Likewise for those that we make; the other side's name is the URI's unless given."""
+    if tls_creds is None:
+        if hostname is not None:
+            raise UsageError("a TLS host name without TLS: give the directory with its certificates, too")
+        return SocketConnection
+    from multifd import tls
+
+    return tls.client(tls_creds, hostname or uri.host)
 
 
 @contextmanager
@@ -142,6 +174,8 @@ def send(
     sync: str | None = None,
     uuid: bytes | None = None,
     timeout: float = DEFAULT_TIMEOUT,
+    tls_creds: str | Path | None = None,
+    tls_hostname: str | None = None,
     qmp: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> Result:
@@ -151,7 +185,9 @@ def send(
     the packets, for destinations of 9.0 and newer with fresh memory (the default for raw
     images); `legacy`, on the main channel, right for every destination (for snapshots); `none`,
     as normal pages.  `sync` is `round` or `section`, what the destination's machine type wants;
-    the source's own unless given, and so is `uuid`, 16 bytes.  `qmp` is the monitor of the
+    the source's own unless given, and so is `uuid`, 16 bytes.  `tls_creds` is a directory of
+    certificates as `multifd.tls` wants them, `tls_hostname` what the destination's has to name
+    where that is not `uri`'s host; plain without.  `qmp` is the monitor of the
     destination's QEMU, started with `-incoming defer`: its settings are made to fit, it is told to
     listen at `uri`, and its version and uuid are asked.  Returns when the destination has
     confirmed.  Raises UsageError, CallerError, HostError, PeerError, CompressorError.
@@ -166,6 +202,7 @@ def send(
     sync = sync or source.sync
     if zero_pages not in ZERO_PAGES or sync not in SYNC_MODES:
         raise UsageError(f"zero_pages {zero_pages!r} or sync {sync!r} is none of {ZERO_PAGES}, {SYNC_MODES}")
+    wrap = connecting_wrap(tls_creds, tls_hostname, target)
     spec = Spec.parse(compressor)
     chosen, settings = select(spec, sending=True)
     with ExitStack() as cleanup:
@@ -179,8 +216,9 @@ def send(
         if driver is not None:
             driver.listen(str(target))
         started = time.monotonic()
-        main = connect(target, silence)
+        main = connect(target, silence, wrap=wrap)
         cleanup.callback(main.close)
+        warn_exposed(main)
         connections: list[SocketConnection] = []
         total = sum(file.block.used_length for file in files) // source.page_size
 
@@ -198,7 +236,7 @@ def send(
             # and one that peeks is blocked until they come.
             main.write([writer.head(source.configuration), writer.open_return_path()])
             for number in range(channels):
-                connection = _connect_channel(target, silence, number)
+                connection = _connect_channel(target, silence, number, wrap)
                 cleanup.callback(connection.close)
                 connections.append(connection)
                 connection.write([InitPacket(uuid or source.uuid, number).pack()])
@@ -232,9 +270,9 @@ def send(
         )
 
 
-def _connect_channel(target: Uri, silence: Silence, number: int) -> SocketConnection:
+def _connect_channel(target: Uri, silence: Silence, number: int, wrap: Wrap) -> SocketConnection:
     try:
-        return connect(target, silence)
+        return connect(target, silence, wrap=wrap)
     except HostError as error:
         # It took the main channel, so it is there, and has gone away since.
         raise Lost(f"channel {number}: {error}") from error
@@ -330,6 +368,7 @@ def receive(
     timeout: float = DEFAULT_TIMEOUT,
     first_timeout: float | None = None,
     idle_timeout: float | None = None,
+    tls_creds: str | Path | None = None,
     qmp: str | None = None,
     then: str = "stop",
     on_listening: Callable[[str], None] | None = None,
@@ -343,6 +382,7 @@ def receive(
     in which pages never came (memory that the guest gave back to its host).  `timeout` bounds
     first bytes and a SYNC that others wait for, `first_timeout` the first connection,
     `idle_timeout` any silence; all in seconds, the last two None for ever.
+    `tls_creds` is a directory of certificates as `multifd.tls` wants them; plain without.
     `qmp` is the monitor of the source's QEMU: its settings are made to fit and put back at the
     end, the migration is started, and after it the guest is left as `then` says: `stop`,
     `resume` or `quit`; where it fails, a guest that ran goes on.
@@ -357,6 +397,7 @@ def receive(
         source = Uri("unix", path=os.path.abspath(source.path))  # QEMU may be elsewhere
     elif source.scheme == "recording" and qmp is not None:
         raise UsageError(f"{uri}: no QEMU sends a recording")
+    wrap = listening_wrap(tls_creds)
     path = Path(os.path.abspath(output))
     check_free(path)
     codecs = Codecs(Spec.parse(compressor) if compressor else None)
@@ -380,7 +421,7 @@ def receive(
                 driver = qmp_driver.Source(qmp, channels=channels, method=codecs.method, timeout=timeout)
                 cleanup.enter_context(driver)
                 first_timeout = timeout
-            listener = Listener(source)
+            listener = Listener(source, wrap)
             cleanup.callback(listener.close)
         arrivals = _Arrivals(listener, channels, codecs, silence)
         job = _Receiver(arrivals, path, page_size, description_required, missing_allowed)
@@ -522,6 +563,8 @@ class _Arrivals:
                 raise PeerError("a second main channel came: two migrations at once?")
             self._main = connection
             self._changed.notify_all()
+        if isinstance(connection, SocketConnection):
+            warn_exposed(connection)
 
 
 class _Receiver:

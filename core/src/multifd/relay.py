@@ -20,11 +20,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple, Self
 
 from multifd.errors import MultifdError, PeerError, UsageError
 from multifd.flags import MAX_PAYLOAD, VM_FILE_MAGIC, Command, method_name
-from multifd.migrate import DEFAULT_TIMEOUT, MAIN_READ
+from multifd.migrate import DEFAULT_TIMEOUT, MAIN_READ, connecting_wrap, listening_wrap, warn_exposed
 from multifd.plugins import Compressor, Settings, Spec, select
 from multifd.ram import packet_buffer, without, zero_indexes
 from multifd.recv import Codecs, Decoder, identify, read_packet
@@ -39,7 +40,7 @@ from multifd.stream import (
     ReturnPathParser,
     SyncPoint,
 )
-from multifd.transport import Connection, Ended, Listener, Lost, Silence, SocketConnection, Uri, connect
+from multifd.transport import Connection, Ended, Listener, Lost, Silence, SocketConnection, Uri, Wrap, connect
 from multifd.wire import MAGIC, Buffer, InitPacket, RamPacket, header_length
 
 
@@ -79,6 +80,8 @@ STAGES = ("wait", "decode", "encode", "write")
 class _Plan:
     """How packets change; `to` is None where they pass as they are."""
 
+    target: Uri
+    wrap: Wrap
     codecs: Codecs
     to: tuple[Compressor, Settings] | None
     uuid: bytes | None
@@ -150,10 +153,9 @@ class _Foreign(PeerError):
 class _Migration:
     """The connections of one migration, and the threads that serve them."""
 
-    def __init__(self, plan: _Plan, target: Uri, silence: Silence) -> None:
+    def __init__(self, plan: _Plan, silence: Silence) -> None:
         self.error: BaseException | None = None
         self._plan = plan
-        self._target = target
         self._silence = silence
         self._started = time.monotonic()
         self._parser = Parser()
@@ -267,7 +269,7 @@ class _Migration:
                 connection.close()
 
     def _connect(self) -> SocketConnection:
-        connection = connect(self._target, self._silence)
+        connection = connect(self._plan.target, self._silence, wrap=self._plan.wrap)
         with self._changed:
             self._connections.append(connection)
             over = self._over
@@ -332,6 +334,8 @@ class _Migration:
 
     def _pass_main(self, source: SocketConnection) -> None:
         destination = self._destination = self._connect()
+        warn_exposed(source)
+        warn_exposed(destination)
         self._spawn(lambda: self._pass_answers(source, destination))
         data = MAGIC.pack(VM_FILE_MAGIC)
         while data:
@@ -536,6 +540,9 @@ class Relay:
         channels: int | None = None,
         drop_switchover_start: bool = False,
         find_zero_pages: bool = False,
+        listen_tls_creds: str | Path | None = None,
+        connect_tls_creds: str | Path | None = None,
+        connect_tls_hostname: str | None = None,
         timeout: float = DEFAULT_TIMEOUT,
     ) -> None:
         """`listen` and `to_uri` are `tcp:HOST:PORT` or `unix:PATH`.
@@ -545,13 +552,16 @@ class Relay:
         are the same, payloads pass unread.  `uuid` replaces the guest's, 16 bytes;
         `channels` is the most that a source may use.  `drop_switchover_start` takes out a command that
         destinations before 10.0 refuse; `find_zero_pages` looks for zero pages that the source
-        sent as normal ones, for destinations of 9.0 and newer with fresh memory.  `timeout`, in
-        seconds, is how long nothing may move while somebody waits.
+        sent as normal ones, for destinations of 9.0 and newer with fresh memory.
+        `listen_tls_creds` and `connect_tls_creds` are directories of certificates as
+        `multifd.tls` wants them, for either leg, plain without; `connect_tls_hostname` is what the
+        destination's has to name where that is not `to_uri`'s host.  `timeout`, in seconds, is how
+        long nothing may move while somebody waits.
         Raises UsageError, CallerError, CompressorError, HostError.
         """
-        self._target = Uri.parse(to_uri)
+        target = Uri.parse(to_uri)
         where = Uri.parse(listen)
-        for uri in (where, self._target):
+        for uri in (where, target):
             if uri.scheme == "recording":
                 raise UsageError(f"{uri}: a relay stands between sockets")
         if find_zero_pages and to is None:
@@ -561,15 +571,16 @@ class Relay:
         chosen = None
         if to is not None and (to != source or find_zero_pages):
             chosen = select(Spec.parse(to), sending=True)
+        wrap = connecting_wrap(connect_tls_creds, connect_tls_hostname, target)
         codecs = Codecs(Spec.parse(source) if source else None)
-        self._plan = _Plan(codecs, chosen, uuid, channels, drop_switchover_start, find_zero_pages)
+        self._plan = _Plan(target, wrap, codecs, chosen, uuid, channels, drop_switchover_start, find_zero_pages)
         self._timeout = timeout
         self._changed = threading.Condition()
         # Guarded by the condition:
         self._current: _Migration | None = None
         self._totals: dict[Sample, float] = {}
         self._stopped = False
-        self._listener = Listener(where)
+        self._listener = Listener(where, listening_wrap(listen_tls_creds))
         self.uri = str(self._listener.uri)
 
     def __enter__(self) -> Self:
@@ -643,7 +654,7 @@ class Relay:
             with self._changed:
                 while not self._stopped:
                     if self._current is None:
-                        self._current = _Migration(self._plan, self._target, silence)
+                        self._current = _Migration(self._plan, silence)
                         self._changed.notify_all()
                     if self._current.take(connection):
                         break

@@ -13,7 +13,7 @@ import socket
 import stat
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,37 +211,64 @@ class SocketConnection:
             self._silence.last = time.monotonic()
             return count
 
+    def begin(self, deadline: float) -> None:
+        """Whatever goes before the first byte, done before `deadline`; plain bytes need nothing.
+
+        Raises PeerError, HostError.
+        """
+
     def read_first(self, view: memoryview, deadline: float) -> int:
+        self.begin(deadline)
         got = 0
         try:
-            while got < len(view):
-                self._socket.settimeout(max(0.001, deadline - time.monotonic()))
-                count = self._socket.recv_into(view[got:])
-                if not count:
-                    break
+            while got < len(view) and (count := self._receive_by(view[got:], deadline)):
                 got += count
         except TimeoutError:
             raise PeerError(f"{self.name} sent {got} bytes and then nothing: is it a migration?") from None
+        return got
+
+    def _receive_by(self, view: memoryview, deadline: float) -> int:
+        """At least a byte before `deadline`, or 0 at the end.  Raises TimeoutError."""
+        try:
+            self._socket.settimeout(max(0.001, deadline - time.monotonic()))
+            count = self._socket.recv_into(view)
+        except TimeoutError:
+            raise
         except ConnectionError:
-            return got
+            return 0
         except OSError as error:
             raise HostError(f"{self.name}: {error.strerror}") from error
         finally:
             with suppress(OSError):
                 self._socket.settimeout(None)
-        self.bytes_read += got
+        self.bytes_read += count
         self._silence.last = time.monotonic()
-        return got
+        return count
 
     def interrupt(self, *, reading_only: bool = False) -> None:
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RD if reading_only else socket.SHUT_RDWR)
+
+    def exposed(self) -> bool:
+        """Whether others may see what passes: it is not encrypted, and the other side is another host."""
+        if self._socket.family == socket.AF_UNIX:
+            return False
+        try:
+            ours, theirs = self._socket.getsockname()[0], self._socket.getpeername()[0]
+        except OSError:
+            return False
+        return ours != theirs and not theirs.removeprefix("::ffff:").startswith("127.")
 
     def hung_up(self) -> bool:
         """Whether the other side has closed, though there may be something left to read."""
         poll = select.poll()
         poll.register(self._socket, select.POLLRDHUP)
         return bool(poll.poll(0))
+
+    def _send_at_once(self, data: bytes) -> None:
+        """As much as there is room for now."""
+        with suppress(OSError):
+            self._socket.send(data, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
 
     def finish(self) -> None:
         """Say that nothing more will be written; reading goes on."""
@@ -252,10 +279,15 @@ class SocketConnection:
         self._socket.close()
 
 
-class Listener:
-    """A listening socket.  Raises CallerError where the address cannot be taken."""
+#: Makes a connection of a connected socket, its name, and the silence that it keeps to.
+Wrap = Callable[[socket.socket, str, Silence], SocketConnection]
 
-    def __init__(self, uri: Uri) -> None:
+
+class Listener:
+    """A listening socket; `wrap` makes its connections.  Raises CallerError where the address cannot be taken."""
+
+    def __init__(self, uri: Uri, wrap: Wrap = SocketConnection) -> None:
+        self._wrap = wrap
         self._path = ""
         try:
             if uri.scheme == "unix":
@@ -287,7 +319,7 @@ class Listener:
             except OSError:
                 return None
             peer = f"the connection from {address[0]}:{address[1]}" if isinstance(address, tuple) else "a connection"
-            return SocketConnection(sock, peer, silence)
+            return self._wrap(sock, peer, silence)
 
     def interrupt(self) -> None:
         """Wake a blocked `accept`, for good."""
@@ -317,8 +349,10 @@ def _remove_dead_socket(path: str) -> None:
         return
 
 
-def connect(uri: Uri, silence: Silence, who: str = "the destination") -> SocketConnection:
-    """Connect to somebody within `silence.timeout` seconds.  Raises HostError."""
+def connect(
+    uri: Uri, silence: Silence, who: str = "the destination", wrap: Wrap = SocketConnection
+) -> SocketConnection:
+    """Connect to somebody within `silence.timeout` seconds.  Raises HostError, PeerError."""
     error: OSError | None = None
     try:
         if uri.scheme == "unix":
@@ -332,10 +366,17 @@ def connect(uri: Uri, silence: Silence, who: str = "the destination") -> SocketC
             try:
                 sock.settimeout(max(0.001, deadline - time.monotonic()))
                 sock.connect(address)
-                return SocketConnection(sock, str(uri), silence)
             except OSError as failed:
                 error = failed
                 sock.close()
+                continue
+            connection = wrap(sock, str(uri), silence)
+            try:
+                connection.begin(deadline)
+            except BaseException:
+                connection.close()
+                raise
+            return connection
     except OSError as failed:
         error = failed
     if isinstance(error, TimeoutError):
