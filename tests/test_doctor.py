@@ -77,8 +77,8 @@ MISTAKES = [
         {},
         [
             (
-                "TLS is on on the source (tls0): a relay and a snapshot need plain connections: set tls-creds to "
-                "the empty string"
+                "TLS is on on the source (tls0), not on the destination: set tls-creds on the destination, or put a "
+                "relay beside it, with --listen-tls-creds"
             )
         ],
     ),

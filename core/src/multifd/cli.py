@@ -52,12 +52,13 @@ def main(argv: Sequence[str]) -> int:
     except MultifdError as error:
         if arguments.debug:
             traceback.print_exc()
-        _say(str(error).replace("\n", " "))
+        _say(str(error))
         return 2 if isinstance(error, UsageError) else 1
 
 
 def _say(text: str) -> None:
-    print(f"multifd: {text}", file=sys.stderr, flush=True)
+    """One line."""
+    print(f"multifd: {text}".replace("\n", " "), file=sys.stderr, flush=True)
 
 
 _warned: set[str] = set()
@@ -343,16 +344,15 @@ def _relay(arguments: argparse.Namespace) -> int:
         nonlocal failed
         failed = isinstance(outcome, MultifdError)
         if isinstance(outcome, MultifdError):
-            _say(str(outcome).replace("\n", " "))
+            _say(str(outcome))
         elif arguments.json:
             print(json.dumps(asdict(outcome)), flush=True)
         else:
-            ways = ", ".join(f"{count} {way}" for way, count in sorted(outcome.statistics.items()))
             print(
                 f"relayed {outcome.normal_pages + outcome.zero_pages} pages, {outcome.zero_pages} of them zero, in "
                 f"{outcome.seconds:.2f} s: {outcome.source} {_bytes(outcome.bytes_in)} in, {outcome.destination} "
                 f"{_bytes(outcome.bytes_out)} out, {outcome.channels} channel{'s' * (outcome.channels != 1)}"
-                + (f" (packets: {ways})" if ways else ""),
+                f"{_ways(outcome.statistics)}",
                 flush=True,
             )
 
@@ -391,13 +391,18 @@ def _report(arguments: argparse.Namespace, verb: str, result: Result, more: dict
     pages = result.normal_pages + result.zero_pages
     channels = f"{result.channels} channel{'s' * (result.channels != 1)}"
     target = f" into {more['snapshot']}" if more else ""
-    ways = ", ".join(f"{count} {way}" for way, count in sorted(result.statistics.items()))
     print(
         f"{verb} {_bytes(result.memory_bytes)} in {result.seconds:.2f} s ({_bytes(rate)}/s){target}: {pages} pages, "
         f"{result.zero_pages} of them zero; {_bytes(result.wire_bytes)} on the wire (ratio "
         f"{result.memory_bytes / max(result.wire_bytes, 1):.2f}), {channels}, {result.compressor}"
-        + (f" (packets: {ways})" if ways else "")
+        f"{_ways(result.statistics)}"
     )
+
+
+def _ways(statistics: dict[str, int]) -> str:
+    """What the compressors counted, in brackets; empty where there is but one way."""
+    ways = ", ".join(f"{count} {way}" for way, count in sorted(statistics.items()))
+    return f" (packets: {ways})" if ways else ""
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

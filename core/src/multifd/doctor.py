@@ -93,6 +93,16 @@ def compare(source: Side, destination: Side) -> list[Trouble]:
     ):
         if ours != theirs:
             found.append(Trouble(f"{what} differ: {ours} and {theirs}", f"start the destination with {option} {ours}"))
+    creds = [side.parameters.get("tls-creds") for side in (source, destination)]
+    if bool(creds[0]) != bool(creds[1]):
+        sides = ("source", "destination", "listen") if creds[0] else ("destination", "source", "connect")
+        with_tls, without, leg = sides
+        found.append(
+            Trouble(
+                f"TLS is on on the {with_tls} ({creds[0] or creds[1]}), not on the {without}",
+                f"set tls-creds on the {without}, or put a relay beside it, with --{leg}-tls-creds",
+            )
+        )
     if source.on("multifd") and destination.on("multifd"):
         found += _multifd(source, destination)
     if source.version >= (10, 0) > destination.version and not _older(source.machine, (10, 0)):
@@ -128,13 +138,6 @@ def _own(side: Side, who: str) -> list[Trouble]:
         for capability in (*OTHER_WAYS, *OTHER_COMPRESSION)
         if side.on(capability)
     ]
-    if side.parameters.get("tls-creds"):
-        found.append(
-            Trouble(
-                f"TLS is on on the {who} ({side.parameters['tls-creds']})",
-                "a relay and a snapshot need plain connections: set tls-creds to the empty string",
-            )
-        )
     return found
 
 

@@ -40,6 +40,9 @@ def server(directory: str | Path) -> Wrap:
     """
     context = _context(ssl.PROTOCOL_TLS_SERVER, Path(directory), "server")
     context.verify_mode = ssl.CERT_REQUIRED
+    # A QEMU without return path never reads: closing over unread tickets it would reset the connection, and
+    # what is still on its way to us would be gone.
+    context.num_tickets = 0
     return partial(TlsConnection, context=context, host=None)
 
 
@@ -99,7 +102,9 @@ class TlsConnection(SocketConnection):
     """A connection whose bytes are encrypted; `bytes_read` and `bytes_written` count them so.
 
     One thread reads and another writes, but OpenSSL's session is one: it works in memory, under a
-    lock, and nobody waits for the socket while holding it.
+    lock, and nobody waits for the socket while holding it.  It closes without a goodbye
+    (close_notify), which a QEMU 10.0 wants on multifd channels before it has finished, not after:
+    senders here wait until the destination has.
     """
 
     def __init__(self, sock: Any, name: str, silence: Silence, *, context: ssl.SSLContext, host: str | None) -> None:
@@ -110,7 +115,7 @@ class TlsConnection(SocketConnection):
         self._came = ssl.MemoryBIO()
         self._goes = ssl.MemoryBIO()
         self._session = context.wrap_bio(self._came, self._goes, server_side=host is None, server_hostname=host)
-        self._begun = self._ended = False
+        self._begun = False
         self._cipher = memoryview(bytearray(READ))
 
     def begin(self, deadline: float) -> None:
@@ -189,24 +194,6 @@ class TlsConnection(SocketConnection):
                 count = self._session.write(data)
             data = data[count:]
         self._push()
-
-    def finish(self) -> None:
-        self._goodbye()
-        super().finish()
-
-    def close(self) -> None:
-        # QEMU 10.0 takes a channel that closes without a goodbye for cut off.
-        self._goodbye()
-        super().close()
-
-    def _goodbye(self) -> None:
-        if not self._begun or self._ended:
-            return
-        self._ended = True
-        with self._lock:
-            with suppress(ssl.SSLError):  # it waits for the other side's; ours is made
-                self._session.unwrap()
-            self._send_at_once(self._goes.read())
 
 
 def _words(error: ssl.SSLError) -> str:

@@ -265,11 +265,6 @@ class SocketConnection:
         poll.register(self._socket, select.POLLRDHUP)
         return bool(poll.poll(0))
 
-    def _send_at_once(self, data: bytes) -> None:
-        """As much as there is room for now."""
-        with suppress(OSError):
-            self._socket.send(data, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
-
     def finish(self) -> None:
         """Say that nothing more will be written; reading goes on."""
         with suppress(OSError):
