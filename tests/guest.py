@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 from qemus import FETCHED
-from standin import TOP, Missing
+from standin import fetch
 
 #: One line per beat: the number, and whether 24 MiB of memory, copied each time, are as they were.
 INIT = """#!/busybox sh
@@ -30,13 +28,7 @@ done
 
 def files() -> Path:
     """The directory with `vmlinuz` and `busybox`."""
-    script = TOP / "tools" / "get_qemu.py"
-    result = subprocess.run(
-        [sys.executable, script, FETCHED, "guest"], capture_output=True, text=True, timeout=300, check=False
-    )
-    if result.returncode:
-        raise Missing(result.stderr.splitlines()[-1])
-    return Path(result.stdout.strip())
+    return fetch("get_qemu.py", FETCHED, "guest")
 
 
 def _entry(name: str, mode: int, data: bytes = b"", device: tuple[int, int] = (0, 0)) -> bytes:

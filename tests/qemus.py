@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from multifd.errors import MultifdError
 from multifd.qmp import Monitor
-from standin import TOP, Missing
+from standin import TOP, fetch
 
 RELEASES = ("7.2", "10.0")
 FETCHED = TOP / ".qemu"
@@ -22,13 +21,7 @@ UUID = "6d756c74-7266-4d4c-8a00-0029de9fda03"
 @cache
 def binary(release: str) -> str:
     """The path of a QEMU of this release."""
-    script = TOP / "tools" / "get_qemu.py"
-    result = subprocess.run(
-        [sys.executable, script, FETCHED, release], capture_output=True, text=True, timeout=300, check=False
-    )
-    if result.returncode:
-        raise Missing(result.stderr.splitlines()[-1])
-    return result.stdout.strip()
+    return str(fetch("get_qemu.py", FETCHED, release))
 
 
 class Qemu:

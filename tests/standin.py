@@ -31,15 +31,18 @@ def build(source: Path, output: Path, *options: str) -> Path:
     return output
 
 
-def get_libqatzip(*options: str) -> Path:
-    """libqatzip.so.3: the system's, or one fetched into the project's directory."""
-    script = TOP / "tools" / "get_libqatzip.py"
-    result = subprocess.run(
-        [sys.executable, script, FETCHED, *options], capture_output=True, text=True, timeout=300, check=False
-    )
+def fetch(script: str, *arguments: str | Path) -> Path:
+    """The path that a script of tools/ prints.  Raises Missing with its last line."""
+    command = [sys.executable, TOP / "tools" / script, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     if result.returncode:
         raise Missing(result.stderr.splitlines()[-1])
     return Path(result.stdout.strip())
+
+
+def get_libqatzip(*options: str) -> Path:
+    """libqatzip.so.3: the system's, or one fetched into the project's directory."""
+    return fetch("get_libqatzip.py", FETCHED, *options)
 
 
 def make_standin(folder: Path) -> Path:

@@ -402,7 +402,7 @@ def _row(name: str) -> dict[str, Any]:
         probe = compressor.probe(compressor.settings({}, sending=True))
     except MultifdError as error:
         return row | {"reason": str(error)}
-    reason = probe.reason if probe.available else probe.reason or _why_not(probe)
+    reason = probe.reason or ("" if probe.available else _why_not(probe))
     return row | {
         "available": probe.available,
         "hardware": probe.hardware,
