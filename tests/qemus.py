@@ -86,6 +86,14 @@ class Qemu:
             "migrate-set-parameters", multifd_channels=channels, multifd_compression=method, **parameters
         )
 
+    def listen(self, uri: str) -> str:
+        """Wait for a migration; where, port 0 resolved."""
+        self.monitor.command("migrate-incoming", uri=uri)
+        if not uri.startswith("tcp:"):
+            return uri
+        (address,) = self.monitor.command("query-migrate")["socket-address"]
+        return f"tcp:{address['host']}:{address['port']}"
+
     def status(self) -> str:
         found = self.monitor.command("query-migrate")
         return str(found.get("status", "none"))

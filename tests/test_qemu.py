@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 
@@ -16,9 +19,11 @@ from multifd import migrate
 from multifd.errors import MultifdError, PeerError
 from multifd.snapshot import open_source
 from qemus import RELEASES, Qemu, binary, qemus
+from qemus import UUID as GUEST_UUID
 from standin import Missing
 from test_relay import Relaying, closing
 
+METHODS = ("none", "zlib", "zstd")
 MIB = 24
 #: A QEMU 10.0 whose migration fails in a SYNC can hang for good, its monitor too: the thread of a channel that
 #: sees another one fail leaves without waking who waits for it.  With one channel it cannot happen.
@@ -50,7 +55,7 @@ def content() -> bytes:
 
 
 @pytest.mark.parametrize("release", RELEASES)
-@pytest.mark.parametrize("method", ["none", "zlib", "zstd"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("channels", "return_path"), [(1, True), (2, False), (16, True)])
 def test_receive(start: Start, work: Path, release: str, method: str, channels: int, return_path: bool) -> None:
     source = start(release, "source")
@@ -65,7 +70,7 @@ def test_receive(start: Start, work: Path, release: str, method: str, channels: 
 
 
 @pytest.mark.parametrize("release", RELEASES)
-@pytest.mark.parametrize("method", ["none", "zlib", "zstd"])
+@pytest.mark.parametrize("method", METHODS)
 def test_send(start: Start, work: Path, release: str, method: str) -> None:
     """Captured from one, restored into another with other settings."""
     source = start(release, "source")
@@ -82,22 +87,78 @@ def test_send(start: Start, work: Path, release: str, method: str) -> None:
     assert target.ram.read_bytes() == content()
 
 
-@pytest.mark.parametrize(("source_release", "target_release"), [("7.2", "7.2"), ("7.2", "10.0"), ("10.0", "10.0")])
-@pytest.mark.parametrize(("method", "to"), [("none", "zlib"), ("zlib", "zstd"), ("zstd", "none"), ("zstd", "zstd")])
+@pytest.mark.parametrize(("source_release", "target_release"), list(itertools.product(RELEASES, RELEASES)))
+@pytest.mark.parametrize(("method", "to"), list(itertools.product(METHODS, METHODS)))
 def test_relay(start: Start, work: Path, source_release: str, target_release: str, method: str, to: str) -> None:
-    source = start(source_release, "source", machine="pc-q35-7.2" if source_release == "7.2" else "q35")
-    target = start(target_release, "target", machine="pc-q35-7.2" if source_release == "7.2" else "q35", incoming=True)
+    same = source_release == target_release
+    source = start(source_release, "source", machine="q35" if same else "pc-q35-7.2")
+    target = start(target_release, "target", machine="q35" if same else "pc-q35-7.2", incoming=True)
     source.fill(content())
-    source.prepare(channels=3, method=method, return_path=True)
-    target.prepare(channels=3, method=to)
-    target.monitor.command("migrate-incoming", uri=f"unix:{work}/incoming")
-    with closing(Relaying(f"unix:{work}/incoming", source=method, to=to)) as relaying:
+    channels = {"none": 1, "zlib": 3, "zstd": 16}[to]
+    source.prepare(channels=channels, method=method, return_path=True)
+    target.prepare(channels=channels, method=to)
+    there = target.listen("tcp:127.0.0.1:0" if method == to else f"unix:{work}/there")
+    here = "tcp:127.0.0.1:0" if same else f"unix:{work}/here"
+    with closing(Relaying(there, listen=here, source=method, to=to)) as relaying:
         source.monitor.command("migrate", uri=relaying.uri)
         source.wait("completed")
         target.wait("completed")
         result = relaying.result()
     assert target.ram.read_bytes() == content()
-    assert (result.confirmed, result.channels, result.source, result.destination) == (True, 3, method, to)
+    assert (result.confirmed, result.channels, result.source, result.destination) == (True, channels, method, to)
+
+
+OTHER_UUID = "00000000-1111-2222-3333-444444444444"
+
+
+@pytest.mark.parametrize(
+    ("release", "there", "more"),
+    [
+        ("7.2", {"method": "zlib"}, {}),
+        ("10.0", {"method": "zlib"}, {}),
+        ("7.2", {"machine": "pc-q35-7.1"}, {}),
+        ("10.0", {"machine": "pc-q35-9.2"}, {}),
+        ("10.0", {"more": ["-uuid", OTHER_UUID]}, {}),
+        ("10.0", {"more": ["-uuid", OTHER_UUID]}, {"uuid": UUID(OTHER_UUID).bytes}),
+        ("7.2", {"more": ["-uuid", OTHER_UUID]}, {"uuid": UUID(OTHER_UUID).bytes}),
+    ],
+)
+def test_a_destination_that_does_not_fit(
+    start: Start, work: Path, release: str, there: dict[str, Any], more: dict[str, Any]
+) -> None:
+    """The relay says what it was shown; another uuid can be helped."""
+    source = start(release, "source")
+    source.fill(content())
+    source.prepare(channels=FAILING_CHANNELS, return_path=True)
+    method = there.pop("method", "zstd")
+    target = start(release, "target", incoming=True, **there)
+    target.prepare(channels=FAILING_CHANNELS, method=method)
+    with closing(Relaying(target.listen(f"unix:{work}/there"), to="zstd", **more)) as relaying:
+        source.monitor.command("migrate", uri=relaying.uri)
+        if more:
+            target.wait("completed")
+            assert relaying.result().confirmed
+            assert target.ram.read_bytes() == content()
+        else:
+            source.wait("failed")
+            assert re.search(
+                r"the destination closed the connection: its own message says why; it has to have machine pc-q35-\S+, "
+                rf"VM uuid {GUEST_UUID}, method zstd, 1 channel \(multifd doctor compares\)",
+                relaying.error(),
+            )
+
+
+def test_postcopy_is_named(start: Start, work: Path) -> None:
+    """QEMU 7.2 takes it together with multifd, 10.0 does not."""
+    source = start("7.2", "source")
+    source.prepare(channels=FAILING_CHANNELS, postcopy_ram=True)
+    there = peers.Receiving(work / "snap", channels=FAILING_CHANNELS)
+    with closing(Relaying(there.uri)) as relaying:
+        source.monitor.command("migrate", uri=relaying.uri)
+        source.wait("failed")
+        assert "belongs to postcopy: turn postcopy-ram off on the source" in relaying.error()
+    with pytest.raises(PeerError):
+        there.join()
 
 
 @pytest.mark.filterwarnings("ignore:.*ignored")

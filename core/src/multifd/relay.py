@@ -22,6 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, Self
+from uuid import UUID
 
 from multifd.errors import MultifdError, PeerError, UsageError
 from multifd.flags import MAX_PAYLOAD, VM_FILE_MAGIC, Command, method_name
@@ -34,6 +35,7 @@ from multifd.stream import (
     COMMAND_HEAD,
     BlockList,
     CommandReceived,
+    Configuration,
     Event,
     PageData,
     Parser,
@@ -141,8 +143,6 @@ class _Leg:
 COMMAND_SIZE = 1 + COMMAND_HEAD.size
 #: Seconds that a multifd channel waits for its main channel, which QEMU connects first.
 MAIN_WAIT = 10.0
-GONE = "the destination closed the connection: its own message says why"
-
 INCOMPLETE = "the source ended before its migration was complete: was it cancelled?"
 
 
@@ -158,6 +158,7 @@ class _Migration:
         self._plan = plan
         self._silence = silence
         self._started = time.monotonic()
+        self._machine = ""
         self._parser = Parser()
         self._answers = ReturnPathParser()
         self._changed = threading.Condition()
@@ -253,7 +254,7 @@ class _Migration:
                 leg.encoder.set_up()
             self._relay_packets(leg)
         except Lost as lost:
-            raise PeerError(f"channel {leg.id}: {GONE}" if self._source_is_well() else INCOMPLETE) from lost
+            raise self._gone(f"channel {leg.id}: ") if self._source_is_well() else PeerError(INCOMPLETE) from lost
         except MultifdError as error:
             raise error.at(f"channel {leg.id}") from error
         finally:
@@ -343,7 +344,7 @@ class _Migration:
             try:
                 destination.write([passed])
             except Lost as lost:
-                raise PeerError(GONE) from lost
+                raise self._gone() from lost
             data = source.read_some(MAIN_READ)
         self._source_ended = True
         destination.finish()  # it closes in its turn, when it is done
@@ -374,8 +375,10 @@ class _Migration:
         return passed
 
     def _note(self, event: Event) -> None:
-        """The page size, the sync points, and whether the destination is to answer."""
+        """The machine, the page size, the sync points, and whether the destination is to answer."""
         match event:
+            case Configuration(machine=machine):
+                self._machine = machine
             case CommandReceived(number=Command.OPEN_RETURN_PATH):
                 self._return_path = True
             case PageData() if not self._ids:
@@ -401,8 +404,26 @@ class _Migration:
             self._answers.feed(data)
             source.write([data])
         if self._source_is_well() and not self._parser.complete:
-            raise PeerError(GONE)
+            raise self._gone()
         self.stop()
+
+    def _gone(self, where: str = "") -> PeerError:
+        """The destination has closed: QEMU does not say why on the wire, so here is what it was shown."""
+        shown = [f"machine {self._machine}"] if self._machine else []
+        with self._changed:
+            uuid = self._plan.uuid or self._uuid
+            methods = set().union(*(leg.methods for leg in self._legs.values()))
+            channels = len(self._ids)
+        if self._plan.to is not None:
+            methods = {self._plan.to[0].facts.flag}
+        if uuid is not None:
+            shown.append(f"VM uuid {UUID(bytes=uuid)}")
+        if methods:
+            shown.append(f"method {'+'.join(map(method_name, sorted(methods)))}")
+        if channels:
+            shown.append(f"{channels} channel{'s' * (channels != 1)}")
+        fit = f"; it has to have {', '.join(shown)} (multifd doctor compares)" if shown else ""
+        return PeerError(f"{where}the destination closed the connection: its own message says why{fit}")
 
     def _source_is_well(self) -> bool:
         """Whether it has ended its stream as it should, or not at all: a destination that goes then is to blame."""
@@ -492,11 +513,11 @@ class _Migration:
         if self._answers.shut:
             raise PeerError(f"the destination reports that it failed (code {self._answers.shut})")
         if self._return_path and self._answers.shut is None:
-            raise PeerError(GONE)
+            raise self._gone()
         legs = list(self._legs.values())
         for leg in legs:
             if leg.syncs < self._sync_points:
-                raise PeerError(f"channel {leg.id}: {leg.syncs} of {self._sync_points} SYNCs came, then {GONE}")
+                raise self._gone(f"channel {leg.id}: {leg.syncs} of {self._sync_points} SYNCs came, then ")
         assert self._source is not None
         assert self._destination is not None
         statistics: Counter[str] = Counter()
