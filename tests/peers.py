@@ -155,6 +155,53 @@ class Keeping:
         assert not self._thread.is_alive()
 
 
+class SlowLink:
+    """A network on the way to `target` that takes so many bytes per second, all connections together."""
+
+    def __init__(self, target: str, rate: int) -> None:
+        self._target = target
+        self._rate = rate
+        self._lock = threading.Lock()
+        self._server = socket.create_server(("127.0.0.1", 0))
+        # Of the connections that it accepts: what the kernel takes at once has not passed the link.
+        self._server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
+        self.uri = f"tcp:127.0.0.1:{self._server.getsockname()[1]}"
+        self._socks: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self._start(self._accept)
+
+    def _start(self, action: Callable[..., None], *arguments: object) -> None:
+        self._threads.append(threading.Thread(target=action, args=arguments))
+        self._threads[-1].start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                here, _ = self._server.accept()
+                there = dial(self._target)
+                self._socks += [here, there]
+                self._start(self._pass, here, there, self._rate)
+                self._start(self._pass, there, here, 0)
+
+    def _pass(self, source: socket.socket, target: socket.socket, rate: int) -> None:
+        with suppress(OSError):
+            while data := source.recv(16 << 10):
+                if rate:
+                    with self._lock:
+                        time.sleep(len(data) / rate)
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        for sock in (self._server, *self._socks):
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(TIMEOUT)
+        for sock in (self._server, *self._socks):
+            sock.close()
+
+
 def _described(data: bytearray) -> bool:
     """Whether the description of the device state, a stream's last part, is there to its end."""
     try:

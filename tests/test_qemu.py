@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import re
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -17,6 +20,7 @@ import peers
 import qatdriver
 from multifd import migrate
 from multifd.errors import MultifdError, PeerError
+from multifd.inspect import inspect
 from multifd.snapshot import open_source
 from qemus import RELEASES, Qemu, binary, qemus
 from qemus import UUID as GUEST_UUID
@@ -386,6 +390,70 @@ def test_a_running_guest_moves_through_relays(start: Start, work: Path, relays: 
             assert one.result().confirmed
     target.monitor.command("cont")
     linux.beats(3)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("way", ["snapshot", "relay"])
+def test_a_guest_that_dirties_memory_faster_than_the_link(start: Start, work: Path, way: str) -> None:
+    """Round after round pages come again, and the last one counts."""
+    linux = Guest(start, work)
+    source, target = linux.qemu, linux.new("second")
+    source.prepare(method="zlib", return_path=True, max_bandwidth=10_000_000, downtime_limit=1)
+    with ExitStack() as stack:
+        if way == "snapshot":
+            there = peers.Receiving(work / "snap")
+        else:
+            target.prepare(method="zstd")
+            relaying = stack.enter_context(closing(Relaying(target.listen(f"unix:{work}/incoming"), to="zstd")))
+        source.monitor.command("migrate", uri=there.uri if way == "snapshot" else relaying.uri)
+        assert peers.eventually(
+            lambda: source.monitor.command("query-migrate").get("ram", {}).get("dirty-sync-count", 0) > 4, 90
+        )
+        assert source.status() == "active"
+        source.monitor.command("migrate-set-parameters", max_bandwidth=1 << 30, downtime_limit=2000)
+        if way == "snapshot":
+            there.join()
+            assert inspect(work / "snap")["rounds"] > 3
+        source.wait("completed")
+        if way == "relay":
+            target.wait("completed")
+            assert relaying.result().confirmed
+    if way == "snapshot":
+        target.monitor.close()
+        migrate.send(open_source(work / "snap"), f"unix:{work}/there", "zstd", qmp=str(work / "second.qmp"), timeout=60)
+        target.reconnect()
+    target.monitor.command("cont")
+    linux.beats(3)
+
+
+def test_a_slow_link_fills_no_memory(start: Start, work: Path) -> None:
+    """The relay waits with its source; what it holds is a packet per channel."""
+    source, target = start("10.0", "source"), start("10.0", "target", incoming=True)
+    source.fill(content())
+    source.prepare(channels=8, return_path=True, max_bandwidth=1 << 30)
+    target.prepare(channels=8, method="zlib")
+    link = peers.SlowLink(target.listen(f"unix:{work}/incoming"), 3 << 20)
+    command = ["relay", "--listen", f"unix:{work}/here", "--connect", link.uri, "--to", "zlib", "--migrations", "1"]
+    relay = subprocess.Popen([sys.executable, "-m", "multifd", *command], stdout=subprocess.PIPE, text=True)
+    try:
+        assert peers.eventually((work / "here").exists)
+        source.monitor.command("migrate", uri=f"unix:{work}/here")
+        peak = 0
+        while relay.poll() is None:
+            with suppress(OSError):  # it may have ended since
+                rollup = Path(f"/proc/{relay.pid}/smaps_rollup").read_text()
+                peak = max(peak, *(int(found) for found in re.findall(r"Anonymous: +(\d+) kB", rollup)), 0)
+            time.sleep(0.05)
+        assert relay.stdout is not None
+        assert "8 channels" in relay.stdout.read()
+        relay.stdout.close()
+        target.wait("completed")
+    finally:
+        relay.kill()
+        relay.wait()
+        link.close()
+    assert target.ram.read_bytes() == content()
+    assert 0 < peak < 64 << 10
 
 
 @pytest.mark.parametrize("release", RELEASES)

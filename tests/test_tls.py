@@ -204,10 +204,8 @@ def test_qemus_through_a_relay(
     listening, connecting = ({"tls_creds": "tls0"} if leg else {} for leg in legs)
     source.prepare(channels=3, return_path=return_path, **listening)
     target.prepare(channels=3, method="zlib", **connecting)
-    target.monitor.command("migrate-incoming", uri="tcp:127.0.0.1:0")
-    (address,) = target.monitor.command("query-migrate")["socket-address"]
     relaying = Relaying(
-        f"tcp:127.0.0.1:{address['port']}",
+        target.listen("tcp:127.0.0.1:0"),
         to="zlib",
         listen_tls_creds=creds if listening else None,
         connect_tls_creds=creds if connecting else None,

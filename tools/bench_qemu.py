@@ -56,9 +56,7 @@ class Bench:
             shutil.copyfile(self.image, source.ram)
             source.prepare(channels=CHANNELS, method=source_method, return_path=True, max_bandwidth=100 << 30)
             target.prepare(channels=CHANNELS, method=target_method)
-            target.monitor.command("migrate-incoming", uri="tcp:127.0.0.1:0")
-            (address,) = target.monitor.command("query-migrate")["socket-address"]
-            uri = f"tcp:127.0.0.1:{address['port']}"
+            uri = target.listen("tcp:127.0.0.1:0")
             between = None
             if relay is not None:
                 command = [*MULTIFD, "relay", "--listen", "tcp:127.0.0.1:0", "--connect", uri, *relay]
