@@ -192,6 +192,12 @@ class Report:
         if not good:
             self.missed.append(what)
 
+    def finish(self) -> None:
+        """Exit with 1 where something missed its limit."""
+        if self.missed:
+            print(f"missed: {'; '.join(self.missed)}")
+            sys.exit(1)
+
 
 def codec_lines(report: Report, image: Path, output: Path, packets: Sequence[Packet], runs: int) -> None:
     for name in ("zlib", "zstd", "qatzip-sw"):
@@ -277,9 +283,10 @@ def check_arrived(image: Path, output: Path) -> None:
         sys.exit("what arrived is not what was sent")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mib", type=int, default=512, help="size of the image in MiB (512)")
+def run(doc: str | None, measure: Callable[[Report, Path, int], None]) -> None:
+    """A bench's `main`: `measure` is given the report, the image (work beside it) and how many runs."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mib", type=int, default=512, help="size of the memory in MiB (512)")
     parser.add_argument("--runs", type=int, default=5, help="alternating runs of each (5)")
     parser.add_argument("--directory", type=Path, default=Path("/dev/shm"), help="where to work (/dev/shm)")
     arguments = parser.parse_args()
@@ -287,19 +294,22 @@ def main() -> None:
     report = Report()
     directory = Path(tempfile.mkdtemp(prefix="multifd-bench-", dir=arguments.directory))
     try:
-        image, output = directory / "guest.raw", directory / "snapshot"
+        image = directory / "guest.raw"
         make_image(image, arguments.mib)
-        packets = plan(image)
-        none_lines(report, image, output, packets, arguments.runs)
-        codec_lines(report, image, output, packets, arguments.runs)
-        memory_lines(report, image, output)
-        start_line(report, directory, arguments.runs)
+        measure(report, image, arguments.runs)
     finally:
         shutil.rmtree(directory)
-    if report.missed:
-        print(f"missed: {'; '.join(report.missed)}")
-        sys.exit(1)
+    report.finish()
+
+
+def _measure(report: Report, image: Path, runs: int) -> None:
+    output = image.with_name("snapshot")
+    packets = plan(image)
+    none_lines(report, image, output, packets, runs)
+    codec_lines(report, image, output, packets, runs)
+    memory_lines(report, image, output)
+    start_line(report, image.parent, runs)
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, _measure)

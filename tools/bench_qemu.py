@@ -8,21 +8,19 @@ A migration's time is QEMU's own `total-time`, or that of `multifd send`.
 
 from __future__ import annotations
 
-import argparse
-import os
 import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
-from bench import Codec, Report, plan
-from measure import MULTIFD, Process, make_image, transfer
+from bench import Codec, Report, plan, run
+from measure import MULTIFD, Process, sampled, transfer
 from qemus import Qemu, qemus
 from standin import Missing
 
@@ -40,47 +38,57 @@ class Run:
 
 
 class Bench:
-    def __init__(self, folder: Path, image: Path, mib: int) -> None:
-        self.folder = folder
+    def __init__(self, image: Path) -> None:
         self.image = image
-        self.mib = mib
 
-    def migrate(self, source_method: str, target_method: str, relay: list[str] | None = None) -> Run:
-        """QEMU to QEMU, directly or through `multifd relay` with these options."""
+    def migrate(
+        self, source_method: str, target_method: str, relay: list[str] | None = None, *, sample: float = 0
+    ) -> Run:
+        """QEMU to QEMU, directly or through `multifd relay` with these options.
+
+        Every `sample` seconds the relay's memory is looked at, which takes time from it.
+        """
+        folder, mib = self.image.parent, self.image.stat().st_size >> 20
         with qemus() as running:
             running += [
-                Qemu("10.0", self.folder, "source", mib=self.mib),
-                Qemu("10.0", self.folder, "target", mib=self.mib, incoming=True),
+                Qemu("10.0", folder, "source", mib=mib),
+                Qemu("10.0", folder, "target", mib=mib, incoming=True),
             ]
             source, target = running
             shutil.copyfile(self.image, source.ram)
             source.prepare(channels=CHANNELS, method=source_method, return_path=True, max_bandwidth=100 << 30)
             target.prepare(channels=CHANNELS, method=target_method)
             uri = target.listen("tcp:127.0.0.1:0")
-            between = None
+            between = []
             if relay is not None:
                 command = [*MULTIFD, "relay", "--listen", "tcp:127.0.0.1:0", "--connect", uri, *relay]
                 child = subprocess.Popen(
                     [*command, "--migrations", "1", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
                 )
-                between = Process(child)
+                between = [Process(child)]
                 assert child.stderr is not None
                 uri = child.stderr.readline().split()[-1]
-            source.monitor.command("migrate", uri=uri)
-            source.wait("completed")
-            target.wait("completed")
+            with sampled(between, sample):
+                source.monitor.command("migrate", uri=uri)
+                source.wait("completed")
+                target.wait("completed")
             found = source.monitor.command("query-migrate")
             if target.ram.read_bytes() != source.ram.read_bytes():
                 sys.exit("what arrived is not what was sent")
-            seconds = found["total-time"] / 1000
-            if between is None:
-                return Run(seconds, found["ram"]["transferred"])
-            between.finish()
-            return Run(seconds, between.result["bytes_out"], between.cpu_seconds, between.peak_anonymous)
+            done = Run(found["total-time"] / 1000, found["ram"]["transferred"])
+            for process in between:
+                process.finish()
+                done = replace(
+                    done,
+                    wire_bytes=process.result["bytes_out"],
+                    relay_cpu=process.cpu_seconds,
+                    relay_memory=process.peak_anonymous,
+                )
+            return done
 
     def ours(self, method: str) -> Run:
         """`multifd send` to `multifd receive`."""
-        source, _ = transfer(self.image, self.folder / "snapshot", method)
+        source, _ = transfer(self.image, self.image.with_name("snapshot"), method)
         return Run(source.result["seconds"], source.result["wire_bytes"])
 
 
@@ -105,25 +113,16 @@ def size(run: Run) -> float:
     return run.wire_bytes
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mib", type=int, default=512, help="the guest's memory in MiB (512)")
-    parser.add_argument("--runs", type=int, default=5, help="alternating runs of each (5)")
-    parser.add_argument("--directory", type=Path, default=Path("/dev/shm"), help="where to work (/dev/shm)")
-    arguments = parser.parse_args()
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
-    report = Report()
-    folder = Path(tempfile.mkdtemp(prefix="multifd-bench-", dir=arguments.directory))
+def measure(report: Report, image: Path, runs: int) -> None:
+    bench = Bench(image)
     try:
-        image = folder / "guest.raw"
-        make_image(image, arguments.mib)
-        bench = Bench(folder, image, arguments.mib)
         for method, most, bytes_most, ours_most in (("zlib", 0.40, 1.0, 0.30), ("zstd", 1.15, 0.97, 1.1)):
+            options = ["--from", "none", "--to", method]
             qemu, relay, ours = alternate(
-                arguments.runs,
-                lambda method=method: bench.migrate(method, method),  # type: ignore[misc]
-                lambda method=method: bench.migrate("none", method, ["--from", "none", "--to", method]),  # type: ignore[misc]
-                lambda method=method: bench.ours(method),  # type: ignore[misc]
+                runs,
+                partial(bench.migrate, method, method),
+                partial(bench.migrate, "none", method, options),
+                partial(bench.ours, method),
             )
             detail = f"{statistics.median(map(seconds, relay)):.2f} and {statistics.median(map(seconds, qemu)):.2f} s"
             value = ratio(relay, qemu, seconds)
@@ -133,14 +132,16 @@ def main() -> None:
             value = ratio(ours, qemu, seconds)
             report.line(f"send to receive, {method}: time / QEMU's", value, f"<= {ours_most}", value <= ours_most)
             codec = Codec(method, image, plan(image))
-            alone = statistics.median(codec.encode() for _ in range(arguments.runs))
+            alone = statistics.median(codec.encode() for _ in range(runs))
             value = statistics.median(run.relay_cpu for run in relay) / alone
             report.line(f"relay to {method}: CPU / codec alone", value, "<= 1.3", value <= 1.3, f"codec {alone:.2f} s")
+            mib = bench.migrate("none", method, options, sample=0.01).relay_memory / (1 << 20)
+            report.line(f"relay to {method}: anonymous MiB", mib, "<= 64", 0 < mib <= 64)
         qemu, relay, ours = alternate(
-            arguments.runs,
-            lambda: bench.migrate("none", "none"),
-            lambda: bench.migrate("none", "none", []),
-            lambda: bench.ours("none"),
+            runs,
+            partial(bench.migrate, "none", "none"),
+            partial(bench.migrate, "none", "none", []),
+            partial(bench.ours, "none"),
         )
         value = ratio(qemu, relay, seconds)
         detail = f"{statistics.median(map(seconds, relay)):.2f} and {statistics.median(map(seconds, qemu)):.2f} s"
@@ -149,12 +150,7 @@ def main() -> None:
         report.line("send to receive, none: time / QEMU's", value, "<= 1.3", value <= 1.3)
     except Missing as missing:
         print(f"left out: {missing}")
-    finally:
-        shutil.rmtree(folder)
-    if report.missed:
-        print(f"missed: {'; '.join(report.missed)}")
-        sys.exit(1)
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, measure)

@@ -50,7 +50,8 @@ class Process:
 
 
 @contextmanager
-def _sampled(processes: list[Process], interval: float) -> Iterator[None]:
+def sampled(processes: list[Process], interval: float) -> Iterator[None]:
+    """Look at their memory every so many seconds; 0 is never."""
     stop = threading.Event()
 
     def run() -> None:
@@ -84,7 +85,7 @@ def transfer(
     assert destination.child.stderr is not None
     uri = destination.child.stderr.readline().split()[-1]
     source = Process(subprocess.Popen([*MULTIFD, "send", str(image), uri, *common], stdout=subprocess.PIPE, text=True))
-    with _sampled([source, destination], sample_interval):
+    with sampled([source, destination], sample_interval):
         source.finish()
         destination.finish()
     destination.child.stderr.close()
