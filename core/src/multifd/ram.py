@@ -122,6 +122,18 @@ def without(indexes: Sequence[int], count: int) -> list[tuple[int, int]]:
     return left
 
 
+def part(
+    offsets: Sequence[int], zeros: Sequence[int]
+) -> tuple[list[tuple[int, int]], tuple[int, ...], tuple[int, ...]]:
+    """Part a packet's pages, of which those with the indexes `zeros` are zero.
+
+    Returns the runs (first, end) of normal pages, their offsets, and the zero pages' offsets.
+    """
+    runs = without(zeros, len(offsets))
+    normal = tuple(offset for first, end in runs for offset in offsets[first:end])
+    return runs, normal, tuple(offsets[index] for index in zeros)
+
+
 class Arrivals:
     """Which pages of one block have come, and when: one byte of memory per page, once it came.
 

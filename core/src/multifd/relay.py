@@ -28,7 +28,7 @@ from multifd.errors import MultifdError, PeerError, UsageError
 from multifd.flags import MAX_PAYLOAD, VM_FILE_MAGIC, Command, method_name
 from multifd.migrate import DEFAULT_TIMEOUT, MAIN_READ, connecting_wrap, listening_wrap, warn_exposed
 from multifd.plugins import Compressor, Settings, Spec, select
-from multifd.ram import packet_buffer, without, zero_indexes
+from multifd.ram import packet_buffer, part, zero_indexes
 from multifd.recv import Codecs, Decoder, identify, read_packet
 from multifd.send import Encoder
 from multifd.stream import (
@@ -478,9 +478,7 @@ class _Migration:
             pages = pages.toreadonly()
             runs: Sequence[tuple[int, int]] = [(0, count)]
             if self._plan.find_zero_pages and (found := zero_indexes(pages, size)):
-                runs = without(found, count)
-                normal = tuple(page for first, end in runs for page in packet.normal[first:end])
-                zero = tuple(packet.normal[index] for index in found)
+                runs, normal, zero = part(packet.normal, found)
                 packet = replace(packet, normal=normal, zero=packet.zero + zero)
                 leg.normal_pages -= len(zero)
                 leg.zero_pages += len(zero)
@@ -587,7 +585,7 @@ class Relay:
                 raise UsageError(f"{uri}: a relay stands between sockets")
         if find_zero_pages and to is None:
             raise UsageError(
-                "zero pages can only be looked for where payloads are read: name a compressor to write with"
+                "zero pages can only be looked for where payloads are read: name a compressor to write with (--to)"
             )
         chosen = None
         if to is not None and (to != source or find_zero_pages):

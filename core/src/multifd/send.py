@@ -19,7 +19,7 @@ from multifd.errors import CompressorError, HostError, MultifdError
 from multifd.flags import MAX_PAYLOAD
 from multifd.hookspecs import Channel
 from multifd.plugins import HOOK_ERRORS, Compressor, Settings
-from multifd.ram import Block, packet_buffer, without, zero_indexes
+from multifd.ram import Block, packet_buffer, part, zero_indexes
 from multifd.transport import Connection
 from multifd.wire import Buffer, RamPacket
 
@@ -236,7 +236,7 @@ class SendChannels:
 
     def _send(self, channel: _SendChannel, batch: Batch) -> None:
         size = self._page_size
-        offsets = list(range(batch.offset, batch.offset + batch.length, size))
+        offsets = range(batch.offset, batch.offset + batch.length, size)
         count = len(offsets)
         indexes: Sequence[int] = ()
         if batch.hole:
@@ -247,25 +247,21 @@ class SendChannels:
                 indexes = zero_indexes(channel.pages[: batch.length], size)
         channel.normal_pages += count - len(indexes)
         channel.zero_pages += len(indexes)
-        zero = [offsets[index] for index in indexes]
+        runs, normal, zero = part(offsets, indexes)
         if zero and self._zero_pages == "legacy":
             with self._changed:
                 self._zeros.append((batch.source.block.idstr, zero))
                 self._changed.notify_all()
-            zero = []
-        runs = without(indexes, count)
+            zero = ()
         if not runs and not zero:
             return
         payload = channel.encoder.encode([channel.pages[a * size : b * size] for a, b in runs]) if runs else ()
-        normal: list[int] = []
-        for first, end in runs:
-            normal += offsets[first:end]
         header = RamPacket(
             method=self._compressor.facts.flag,
             packet_num=next(self._packet_num),
             ramblock=batch.source.block.idstr,
-            normal=tuple(normal),
-            zero=tuple(zero),
+            normal=normal,
+            zero=zero,
             next_packet_size=sum(map(len, payload)),
         ).pack(size)
         channel.connection.write([header, *payload])
