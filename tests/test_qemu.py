@@ -120,6 +120,8 @@ OTHER_UUID = "00000000-1111-2222-3333-444444444444"
     [
         ("7.2", {"method": "zlib"}, {}),
         ("10.0", {"method": "zlib"}, {}),
+        ("7.2", {"multifd": False}, {}),
+        ("10.0", {"multifd": False}, {}),
         ("7.2", {"machine": "pc-q35-7.1"}, {}),
         ("10.0", {"machine": "pc-q35-9.2"}, {}),
         ("10.0", {"more": ["-uuid", OTHER_UUID]}, {}),
@@ -134,9 +136,10 @@ def test_a_destination_that_does_not_fit(
     source = start(release, "source")
     source.fill(content())
     source.prepare(channels=FAILING_CHANNELS, return_path=True)
-    method = there.pop("method", "zstd")
+    there = dict(there)
+    settings = {"method": there.pop("method", "zstd"), "multifd": there.pop("multifd", True)}
     target = start(release, "target", incoming=True, **there)
-    target.prepare(channels=FAILING_CHANNELS, method=method)
+    target.prepare(channels=FAILING_CHANNELS, **settings)
     with closing(Relaying(target.listen(f"unix:{work}/there"), to="zstd", **more)) as relaying:
         source.monitor.command("migrate", uri=relaying.uri)
         if more:
@@ -147,7 +150,7 @@ def test_a_destination_that_does_not_fit(
             source.wait("failed")
             assert re.search(
                 r"the destination closed the connection: its own message says why; it has to have machine pc-q35-\S+, "
-                rf"VM uuid {GUEST_UUID}, method zstd, 1 channel \(multifd doctor compares\)",
+                rf"VM uuid {GUEST_UUID}, method zstd, multifd with 1 channel \(multifd doctor compares\)",
                 relaying.error(),
             )
 

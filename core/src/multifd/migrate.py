@@ -460,6 +460,7 @@ class _Arrivals:
         self.silence = silence
         self.codecs = codecs
         self.channels = RecvChannels(count, codecs, silence, self._wake)
+        self.complete = False
         self._listener = listener
         self._changed = threading.Condition()
         # Guarded by the condition:
@@ -519,6 +520,8 @@ class _Arrivals:
         """Stop, and close all connections."""
         self.stop()
         for connection in self._connections:
+            if not self.complete and isinstance(connection, SocketConnection):
+                connection.reset()
             connection.close()
 
     def _wake(self) -> None:
@@ -604,7 +607,9 @@ class _Receiver:
             self._read(main)
             self._channels.finish(recorded=isinstance(main, RecordedConnection))
             self._arrivals.stop()  # nobody writes any more
-            return self._complete(main)
+            result = self._complete(main)
+            self._arrivals.complete = True
+            return result
         except BaseException:
             if self._return_path:
                 with suppress(MultifdError):

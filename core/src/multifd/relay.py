@@ -196,11 +196,17 @@ class _Migration:
                 connection.interrupt()
         for thread in self._threads:  # the last ones may still start another
             thread.join()
-        for connection in self._connections:
-            connection.close()
-        if self.error is not None:
-            raise self.error
-        return self._result()
+        try:
+            if self.error is not None:
+                raise self.error
+            return self._result()
+        except BaseException:
+            for connection in self._connections:
+                connection.reset()
+            raise
+        finally:
+            for connection in self._connections:
+                connection.close()
 
     def stop(self) -> None:
         """End it, wherever it is."""
@@ -421,7 +427,7 @@ class _Migration:
         if methods:
             shown.append(f"method {'+'.join(map(method_name, sorted(methods)))}")
         if channels:
-            shown.append(f"{channels} channel{'s' * (channels != 1)}")
+            shown.append(f"multifd with {channels} channel{'s' * (channels != 1)}")
         fit = f"; it has to have {', '.join(shown)} (multifd doctor compares)" if shown else ""
         return PeerError(f"{where}the destination closed the connection: its own message says why{fit}")
 
