@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 from uuid import UUID
 
-from multifd.errors import MultifdError, PeerError, UsageError
+from multifd.errors import HostError, MultifdError, PeerError, UsageError
 from multifd.flags import MAX_PAYLOAD, VM_FILE_MAGIC, Command, method_name
 from multifd.migrate import DEFAULT_TIMEOUT, MAIN_READ, connecting_wrap, listening_wrap, warn_exposed
 from multifd.plugins import Compressor, Settings, Spec, select
@@ -252,7 +252,10 @@ class _Migration:
         if init is None:
             self._pass_main(connection)
             return
-        leg = self._open_leg(connection, init)
+        try:
+            leg = self._open_leg(connection, init)
+        except HostError as error:  # it took the main channel, so it has gone since
+            raise self._gone(f"channel {init.id}: ") from error
         if leg is None:
             return
         try:
@@ -408,7 +411,10 @@ class _Migration:
     def _pass_answers(self, source: SocketConnection, destination: SocketConnection) -> None:
         while data := destination.read_some(4096):
             self._answers.feed(data)
-            source.write([data])
+            try:
+                source.write([data])
+            except Lost as lost:
+                raise PeerError(INCOMPLETE) from lost
         if self._source_is_well() and not self._parser.complete:
             raise self._gone()
         self.stop()
