@@ -64,6 +64,7 @@ def client(directory: str | Path, host: str) -> Wrap:
 def _context(protocol: int, directory: Path, who: str) -> ssl.SSLContext:
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION  # whoever reads does not write
     authority, certificate, key = (directory / name for name in (AUTHORITY, f"{who}-cert.pem", f"{who}-key.pem"))
     revoked = directory / REVOKED
     for path in (authority, certificate, key):
