@@ -225,6 +225,9 @@ class PageDecoder:
                 assert piece, "output missing"
                 page += piece
             out.append(page)
+        if self.method == "zstd" and (self.stream.eof or not self.stream.decompress(b"", 1)) and self.stream.eof:
+            assert not self.stream.unused_data, "a frame may only end with a packet"
+            self.stream = other_zstd().ZstdDecompressor(options=None)
         assert not self.stream.eof, "a stream must not end"
         return out
 
