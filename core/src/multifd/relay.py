@@ -42,7 +42,18 @@ from multifd.stream import (
     ReturnPathParser,
     SyncPoint,
 )
-from multifd.transport import Connection, Ended, Listener, Lost, Silence, SocketConnection, Uri, Wrap, connect
+from multifd.transport import (
+    Connection,
+    Ended,
+    Listener,
+    Lost,
+    Passage,
+    Silence,
+    SocketConnection,
+    Uri,
+    Wrap,
+    connect,
+)
 from multifd.wire import MAGIC, Buffer, InitPacket, RamPacket, header_length
 
 
@@ -101,7 +112,8 @@ class _Leg:
     destination: Connection
     page_size: int
     decoder: Decoder
-    encoder: Encoder | None
+    #: Who makes the payloads that leave: somebody who encodes, or nobody.
+    out: Encoder | Passage
     packets: int = 0
     normal_pages: int = 0
     zero_pages: int = 0
@@ -259,8 +271,8 @@ class _Migration:
         if leg is None:
             return
         try:
-            if leg.encoder is not None:
-                leg.encoder.set_up()
+            if isinstance(leg.out, Encoder):
+                leg.out.set_up()
             self._relay_packets(leg)
         except Lost as lost:
             raise self._gone(f"channel {leg.id}: ") if self._source_is_well() else PeerError(INCOMPLETE) from lost
@@ -268,8 +280,7 @@ class _Migration:
             raise error.at(f"channel {leg.id}") from error
         finally:
             leg.decoder.close()
-            if leg.encoder is not None:
-                leg.encoder.close()
+            leg.out.close()
 
     def _ignore(self, connection: SocketConnection, why: PeerError) -> None:
         warnings.warn(f"{why}: ignored", RuntimeWarning, stacklevel=2)
@@ -307,13 +318,14 @@ class _Migration:
             page_size = self._parser.page_size
         destination = self._connect()
         destination.write([InitPacket(self._plan.uuid or init.uuid, init.id).pack()])
-        encoder = None
-        if self._plan.to is not None:
+        out: Encoder | Passage
+        if self._plan.to is None:
+            out = Passage(connection, destination)
+        else:
             compressor, settings = self._plan.to
-            encoder = Encoder(compressor, compressor.channel(init.id, page_size, settings))
-        leg = _Leg(
-            init.id, connection, destination, page_size, Decoder(init.id, connection, self._plan.codecs), encoder
-        )
+            out = Encoder(compressor, compressor.channel(init.id, page_size, settings))
+        decoder = Decoder(init.id, connection, self._plan.codecs)
+        leg = _Leg(init.id, connection, destination, page_size, decoder, out)
         with self._changed:
             self._legs[init.id] = leg
         return leg
@@ -446,8 +458,7 @@ class _Migration:
     def _relay_packets(self, leg: _Leg) -> None:
         header = bytearray(header_length(leg.page_size))
         head = memoryview(header)
-        # For pages, or for a payload that passes as it is.
-        room = memoryview(bytearray(MAX_PAYLOAD) if leg.encoder is None else packet_buffer())
+        room = memoryview(b"" if isinstance(leg.out, Passage) else packet_buffer())
         since = time.perf_counter()
         while True:
             try:
@@ -466,17 +477,15 @@ class _Migration:
                 self._plan.codecs.check(packet.method)
                 leg.methods.add(packet.method)
             leg.syncs += packet.sync
-            if leg.encoder is not None:
-                since = self._recode(leg, leg.encoder, packet, room, since)
+            if isinstance(leg.out, Encoder):
+                since = self._recode(leg, leg.out, packet, room, since)
                 continue
             if packet.next_packet_size > MAX_PAYLOAD:
                 raise PeerError(f"packet {packet.packet_num}: a payload of {packet.next_packet_size} bytes is too long")
-            body = room[: packet.next_packet_size]
-            if body:
-                leg.source.read_into(body, due=True)
-            since = leg.lap("wait", since)
-            leg.destination.write([head, body])
-            since = leg.lap("write", since)
+            leg.destination.write([head])
+            waited = leg.out.pass_on(packet.next_packet_size)
+            leg.seconds["wait"] += waited
+            since = leg.lap("write", since + waited)
 
     def _recode(self, leg: _Leg, encoder: Encoder, packet: RamPacket, buffer: memoryview, since: float) -> float:
         assert self._plan.to is not None
@@ -533,8 +542,8 @@ class _Migration:
         statistics: Counter[str] = Counter()
         for leg in legs:
             statistics.update({f"{way}, decoding": count for way, count in leg.decoder.statistics.items()})
-            if leg.encoder is not None:
-                statistics.update({f"{way}, encoding": count for way, count in leg.encoder.statistics.items()})
+            if isinstance(leg.out, Encoder):
+                statistics.update({f"{way}, encoding": count for way, count in leg.out.statistics.items()})
         came = "+".join(map(method_name, sorted(set().union(*(leg.methods for leg in legs))))) or "none"
         return Relayed(
             seconds=round(time.monotonic() - self._started, 6),
