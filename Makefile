@@ -24,10 +24,12 @@ bench: .venv/ready
 bench-qemu: .venv/ready
 	$(BIN)/python tools/bench_qemu.py
 
+# Compiled once, as pip does where it copies: Python may be told not to keep what it compiles.
 .venv/ready: requirements-dev.txt $(BINDINGS) $(PACKAGES:%=%/pyproject.toml)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "multifd needs Python 3.11 or newer")'
 	$(PYTHON) -m venv .venv || { echo "python3 came without venv: install the package python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt $(PACKAGES:%=-e ./%)
+	$(BIN)/python -m compileall -q $(PACKAGES)
 	touch $@
 
 clean:

@@ -60,7 +60,7 @@ class Codec:
         self.packets = packets
         self.payloads: list[bytes] = []
 
-    def encode(self) -> float:
+    def encode(self, clock: Callable[[], float] = time.perf_counter) -> float:
         channel = self.compressor.channel(0, PAGE, self.settings)
         hook = self.compressor.hook
         hook.multifd_send_setup(channel=channel)
@@ -68,9 +68,9 @@ class Codec:
         self.payloads = []
         for packet in self.packets:
             pages = [self.memory[offset : offset + length] for offset, length in packet]
-            started = time.perf_counter()
+            started = clock()
             payload = hook.multifd_send_prepare(channel=channel, pages=pages)
-            seconds += time.perf_counter() - started
+            seconds += clock() - started
             self.payloads.append(b"".join(payload))
         self.compressor.cleanup("send", channel)
         return seconds
