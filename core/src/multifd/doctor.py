@@ -15,12 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from multifd.qmp import Monitor
+from multifd.qmp import OTHER_COMPRESSION, OTHER_WAYS, Monitor
 
-#: Capabilities that send memory or state another way than over multifd's packets.
-OTHER_WAYS = ("postcopy-ram", "mapped-ram", "x-colo", "background-snapshot")
-#: Compression of pages on the main channel, which QEMU refuses beside multifd or ignores.
-OTHER_COMPRESSION = ("xbzrle", "compress")
 #: The first release that we speak with: 7.2 is the oldest that was tried.
 OLDEST = (7, 2)
 

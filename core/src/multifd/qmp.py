@@ -21,6 +21,11 @@ from multifd.transport import Silence, Uri, connect
 POLL = 0.1
 ENDED = ("completed", "failed", "cancelled")
 THEN = ("stop", "resume", "quit")
+#: Capabilities that send memory or state another way than over multifd's packets.
+OTHER_WAYS = ("postcopy-ram", "mapped-ram", "x-colo", "background-snapshot")
+#: Compression of pages on the main channel, which QEMU refuses beside multifd or ignores.
+OTHER_COMPRESSION = ("xbzrle", "compress")
+OFF = dict.fromkeys((*OTHER_WAYS, *OTHER_COMPRESSION), False)
 
 
 class Monitor:
@@ -94,13 +99,14 @@ class Settings:
         """Raises PeerError where QEMU does not take one; then all are as they were."""
         self._monitor = monitor
         now = {item["capability"]: item["state"] for item in monitor.command("query-migrate-capabilities")}
-        self._capabilities = {name: now[name] for name, state in capabilities.items() if now.get(name, state) != state}
+        wanted = {name: state for name, state in capabilities.items() if now.get(name, False) != state}
+        self._capabilities = {name: now[name] for name in wanted if name in now}
         current = monitor.command("query-migrate-parameters")
         self._parameters = {
             name: current[name] for name, value in parameters.items() if current.get(name, value) != value
         }
         try:
-            self._set(dict(capabilities), dict(parameters))
+            self._set(wanted, dict(parameters))
         except MultifdError:
             with suppress(MultifdError):
                 self.restore()
@@ -115,7 +121,8 @@ class Settings:
 
     def restore(self) -> None:
         """Put back what was changed.  Raises PeerError where QEMU is gone or refuses."""
-        self._set(self._capabilities, self._parameters)
+        self._set({}, self._parameters)  # in reverse: mapped-ram is not taken beside a compression
+        self._set(self._capabilities, {})
         self._capabilities, self._parameters = {}, {}
 
 
@@ -123,12 +130,12 @@ class _Side:
     """One end of a migration, driven; a context that puts the settings back."""
 
     def __init__(
-        self, where: str, capabilities: Mapping[str, bool], parameters: Mapping[str, object], timeout: float
+        self, where: str, capabilities: dict[str, bool], parameters: Mapping[str, object], timeout: float
     ) -> None:
         self.monitor = Monitor(where, timeout)
         self._timeout = timeout
         try:
-            self._settings = Settings(self.monitor, capabilities, parameters)
+            self._settings = Settings(self.monitor, OFF | capabilities, parameters)
         except BaseException:
             self.monitor.close()
             raise
