@@ -24,11 +24,11 @@ from pathlib import Path
 from multifd import qmp as qmp_driver
 from multifd.errors import CallerError, HostError, MultifdError, PeerError, UsageError
 from multifd.flags import PACKET_SIZE, VM_FILE_MAGIC, Command
-from multifd.plugins import Spec, select
+from multifd.plugins import Spec, select, settle
 from multifd.qmp import THEN
-from multifd.ram import Block, runs
+from multifd.ram import Block, packet_buffer, runs, without, zero_indexes
 from multifd.recv import Codecs, Memory, RecvChannels, identify
-from multifd.send import ZERO_PAGES, Batch, SendChannels, SourceFile
+from multifd.send import ZERO_PAGES, Batch, SendChannels, SourceFile, read_batch
 from multifd.snapshot import SYNC_MODES, BlockFile, SnapshotWriter, Source, check_free
 from multifd.stream import (
     BlockList,
@@ -181,13 +181,14 @@ def send(
 ) -> Result:
     """Send a snapshot or a raw image (`snapshot.open_source`) to the destination at `uri`.
 
-    `compressor` is `NAME[,key=value...]`.  `zero_pages` says where zero pages go: `multifd`, in
-    the packets, for destinations of 9.0 and newer with fresh memory (the default for raw
-    images); `legacy`, on the main channel, right for every destination (for snapshots); `none`,
-    as normal pages.  `sync` is `round` or `section`, what the destination's machine type wants;
-    the source's own unless given, and so is `uuid`, 16 bytes.  `tls_creds` is a directory of
-    certificates as `multifd.tls` wants them, `tls_hostname` what the destination's has to name
-    where that is not `uri`'s host; plain without.  `qmp` is the monitor of the
+    `compressor` is `NAME[,key=value...]`, or `auto[,accepts=METHOD+METHOD...]` for the best one
+    here of the methods that the destination accepts, all of them unless given.  `zero_pages` says
+    where zero pages go: `multifd`, in the packets, for destinations of 9.0 and newer with fresh
+    memory (the default for raw images); `legacy`, on the main channel, right for every
+    destination (for snapshots); `none`, as normal pages.  `sync` is `round` or `section`, what the
+    destination's machine type wants; the source's own unless given, and so is `uuid`, 16 bytes.
+    `tls_creds` is a directory of certificates as `multifd.tls` wants them, `tls_hostname`
+    what the destination's has to name where that is not `uri`'s host; plain without.  `qmp` is the monitor of the
     destination's QEMU, started with `-incoming defer`: its settings are made to fit, it is told to
     listen at `uri`, and its version and uuid are asked.  Returns when the destination has
     confirmed.  Raises UsageError, CallerError, HostError, PeerError, CompressorError.
@@ -203,7 +204,7 @@ def send(
     if zero_pages not in ZERO_PAGES or sync not in SYNC_MODES:
         raise UsageError(f"zero_pages {zero_pages!r} or sync {sync!r} is none of {ZERO_PAGES}, {SYNC_MODES}")
     wrap = connecting_wrap(tls_creds, tls_hostname, target)
-    spec = Spec.parse(compressor)
+    spec = settle(Spec.parse(compressor), partial(_sample, source), source.page_size)
     chosen, settings = select(spec, sending=True)
     with ExitStack() as cleanup:
         driver = None
@@ -250,7 +251,7 @@ def send(
                 driver.wait()
         except (Lost, Stalled, _Refused) as error:
             told: MultifdError = PeerError(
-                f"{error}: the destination's own message says why.  Here: compressor {compressor}, "
+                f"{error}: the destination's own message says why.  Here: compressor {spec}, "
                 f"{_counted(channels, 'channel')}, page size {source.page_size}; all three must fit over there"
             )
             raise (driver.explain(told) if driver is not None else told) from error
@@ -287,6 +288,24 @@ def _open_block(block: Block, path: Path, cleanup: ExitStack) -> SourceFile:
     with suppress(OSError):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
     return SourceFile(block, str(path), fd)
+
+
+def _sample(source: Source) -> bytes:
+    """Normal pages from all over the memory, for `auto` to compress: of about eight packets."""
+    total = sum(item.block.used_length for item in source.blocks)
+    step = max(1, total // PACKET_SIZE // 8) * PACKET_SIZE
+    buffer = memoryview(packet_buffer())
+    found = []
+    for item in source.blocks:
+        with ExitStack() as cleanup:
+            file = _open_block(item.block, item.path, cleanup)
+            for offset in range(0, item.block.used_length, step):
+                length = min(PACKET_SIZE, item.block.used_length - offset)
+                read_batch(Batch(file, offset, length), buffer)
+                zeros = zero_indexes(buffer[:length], source.page_size)
+                for first, end in without(zeros, length // source.page_size):
+                    found.append(bytes(buffer[first * source.page_size : end * source.page_size]))
+    return b"".join(found)
 
 
 def _batches(files: list[SourceFile], *, read_holes: bool) -> Iterator[Batch]:
@@ -376,7 +395,7 @@ def receive(
 ) -> Result:
     """Take one migration from `uri` (`tcp:`, `unix:` or `recording:`) into a snapshot.
 
-    Without `compressor` each packet's own flag decides.  `channels` is DEFAULT_CHANNELS unless
+    Without `compressor`, or with `auto`, each packet's own flag decides.  `channels` is DEFAULT_CHANNELS unless
     given; a recording says it itself.  `page_size` is assumed where the stream names none.
     `description_required` refuses a stream without VM description, `missing_allowed` takes one
     in which pages never came (memory that the guest gave back to its host).  `timeout` bounds

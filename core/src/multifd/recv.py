@@ -17,7 +17,7 @@ from typing import Protocol
 from multifd.errors import MultifdError, PeerError
 from multifd.flags import MAX_PAYLOAD, MULTIFD_MAGIC, VM_FILE_MAGIC, method_name
 from multifd.hookspecs import Channel
-from multifd.plugins import HOOK_ERRORS, Compressor, Settings, Spec, names, select, select_for_flag
+from multifd.plugins import AUTO, HOOK_ERRORS, Compressor, Settings, Spec, names, select, select_for_flag
 from multifd.ram import Block, check_packet, packet_buffer, runs
 from multifd.transport import Connection, Ended, RecordedConnection, Silence
 from multifd.wire import INIT, MAGIC, PREFIX, InitPacket, RamPacket, header_length, is_device_state
@@ -50,7 +50,7 @@ class Codecs:
         self._lock = threading.Lock()
         self._loaded: dict[int, tuple[Compressor, Settings]] = {}
         self._expected = None
-        if spec is None:
+        if spec is None or spec.name == AUTO:
             names()  # read what is installed now, while nobody waits
         else:
             compressor, settings = select(spec, sending=False)

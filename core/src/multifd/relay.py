@@ -27,7 +27,7 @@ from uuid import UUID
 from multifd.errors import HostError, MultifdError, PeerError, UsageError
 from multifd.flags import MAX_PAYLOAD, VM_FILE_MAGIC, Command, method_name
 from multifd.migrate import DEFAULT_TIMEOUT, MAIN_READ, connecting_wrap, listening_wrap, warn_exposed
-from multifd.plugins import Compressor, Settings, Spec, select
+from multifd.plugins import AUTO, Compressor, Settings, Spec, select, settle
 from multifd.ram import packet_buffer, part, zero_indexes
 from multifd.recv import Codecs, Decoder, identify, read_packet
 from multifd.send import Encoder
@@ -579,14 +579,15 @@ class Relay:
         """`listen` and `to_uri` are `tcp:HOST:PORT` or `unix:PATH`.
 
         `source` names the compressor that reads the packets (each says its own method unless
-        given), `to` the one that writes them, `NAME[,key=value...]`: where there is none, or both
-        are the same, payloads pass unread.  `uuid` replaces the guest's, 16 bytes;
-        `channels` is the most that a source may use.  `drop_switchover_start` takes out a command that
-        destinations before 10.0 refuse; `find_zero_pages` looks for zero pages that the source
-        sent as normal ones, for destinations of 9.0 and newer with fresh memory.
-        `listen_tls_creds` and `connect_tls_creds` are directories of certificates as
-        `multifd.tls` wants them, for either leg, plain without; `connect_tls_hostname` is what the
-        destination's has to name where that is not `to_uri`'s host.  `timeout`, in seconds, is how
+        given), `to` the one that writes them, `NAME[,key=value...]`, or
+        `auto[,accepts=METHOD+METHOD...]` for the best one here of the methods that the destination
+        accepts: where there is none, or both are the same, payloads pass unread.
+        `uuid` replaces the guest's, 16 bytes; `channels` is the most that a source may use.
+        `drop_switchover_start` takes out a command that destinations before 10.0 refuse;
+        `find_zero_pages` looks for zero pages that the source sent as normal ones, for destinations of 9.0
+        and newer with fresh memory.  `listen_tls_creds` and `connect_tls_creds` are directories of
+        certificates as `multifd.tls` wants them, for either leg, plain without; `connect_tls_hostname` is
+        what the destination's has to name where that is not `to_uri`'s host.  `timeout`, in seconds, is how
         long nothing may move while somebody waits.
         Raises UsageError, CallerError, CompressorError, HostError.
         """
@@ -600,8 +601,8 @@ class Relay:
                 "zero pages can only be looked for where payloads are read: name a compressor to write with (--to)"
             )
         chosen = None
-        if to is not None and (to != source or find_zero_pages):
-            chosen = select(Spec.parse(to), sending=True)
+        if to is not None and (to != source or to == AUTO or find_zero_pages):
+            chosen = select(settle(Spec.parse(to), bytes), sending=True)
         wrap = connecting_wrap(connect_tls_creds, connect_tls_hostname, target)
         codecs = Codecs(Spec.parse(source) if source else None)
         self._plan = _Plan(target, wrap, codecs, chosen, uuid, channels, drop_switchover_start, find_zero_pages)

@@ -242,7 +242,7 @@ class SendChannels:
         if batch.hole:
             indexes = range(count)
         else:
-            _read(batch, channel.buffer)
+            read_batch(batch, channel.buffer)
             if self._zero_pages != "none":
                 indexes = zero_indexes(channel.pages[: batch.length], size)
         channel.normal_pages += count - len(indexes)
@@ -268,7 +268,7 @@ class SendChannels:
         channel.packets += 1
 
 
-def _read(batch: Batch, buffer: memoryview) -> None:
+def read_batch(batch: Batch, buffer: memoryview) -> None:
     """Read, not map: a mapped file that shrinks or fails kills the process with SIGBUS."""
     view = buffer[: batch.length]
     source = batch.source
