@@ -122,6 +122,14 @@ def _parser() -> argparse.ArgumentParser:
     plugged.add_argument(
         "--plugin", action="append", default=[], metavar="FILE.py", help="a compressor under development; repeatable"
     )
+    observed = argparse.ArgumentParser(add_help=False)
+    observed.add_argument(
+        "--observe",
+        action="append",
+        default=[],
+        metavar="NAME[=ARG]",
+        help="who looks on: stats[=FILE], trace[=FILE], record=DIR, or an installed one; repeatable",
+    )
     timed = argparse.ArgumentParser(add_help=False)
     timed.add_argument(
         "--timeout",
@@ -141,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "receive",
-        parents=[common, plugged, timed],
+        parents=[common, plugged, observed, timed],
         help="take one migration into a snapshot",
         description="Take one migration and end.  Waits for the source without limit unless --timeout is given.",
     )
@@ -171,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "send",
-        parents=[common, plugged, timed],
+        parents=[common, plugged, observed, timed],
         help="send memory to a destination",
         description="Send a snapshot or a raw memory image; succeeds when the destination has confirmed.",
     )
@@ -208,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "relay",
-        parents=[common, plugged, timed],
+        parents=[common, plugged, observed, timed],
         help="stand between a source and a destination, and re-compress",
         description="Serve one migration after another until told to stop; re-compress each packet on its way.",
     )
@@ -325,6 +333,7 @@ def _receive(arguments: argparse.Namespace) -> int:
             tls_creds=arguments.tls_creds,
             qmp=arguments.qmp,
             then=arguments.then,
+            observe=arguments.observe,
             on_listening=lambda uri: _say(f"listening on {uri}"),
             on_progress=line.show,
         )
@@ -355,6 +364,7 @@ def _send(arguments: argparse.Namespace) -> int:
             tls_creds=arguments.tls_creds,
             tls_hostname=arguments.tls_hostname,
             qmp=arguments.qmp,
+            observe=arguments.observe,
             on_progress=line.show,
         )
     _report(arguments, "sent", result, {})
@@ -396,6 +406,7 @@ def _relay(arguments: argparse.Namespace) -> int:
             listen_tls_creds=arguments.listen_tls_creds,
             connect_tls_creds=arguments.connect_tls_creds,
             connect_tls_hostname=arguments.connect_tls_hostname,
+            observe=arguments.observe,
             timeout=arguments.timeout or DEFAULT_TIMEOUT,
         ) as relay,
         ExitStack() as stack,

@@ -178,7 +178,7 @@ def add_file(path: str) -> None:
     try:
         spec.loader.exec_module(module)
     except HOOK_ERRORS as error:
-        raise CompressorError(f"{path}: import failed: {_describe(error)}") from error
+        raise CompressorError(f"{path}: import failed: {describe(error)}") from error
     _files.append(Provider(Compressor(None, module, path).name, lambda: module, path=path))
 
 
@@ -224,16 +224,14 @@ class Compressor:
             return CompressorError(f"{doing}: {self.name}: {error}")
         if isinstance(error, MultifdError):
             return error
-        return CompressorError(f"{doing}: {self} failed: {_describe(error)}")
+        return CompressorError(f"{doing}: {self} failed: {describe(error)}")
 
     def cleanup(self, direction: str, channel: Channel) -> None:
         """Call a cleanup hook; one that raises all the same is told on standard error."""
         try:
             getattr(self.hook, f"multifd_{direction}_cleanup")(channel=channel)
         except HOOK_ERRORS as error:
-            warnings.warn(
-                f"{self}: multifd_{direction}_cleanup raised {_describe(error)}", RuntimeWarning, stacklevel=1
-            )
+            warnings.warn(f"{self}: multifd_{direction}_cleanup raised {describe(error)}", RuntimeWarning, stacklevel=1)
 
     def _call(self, hook: str, **arguments: object) -> Any:
         try:
@@ -347,7 +345,8 @@ class Settings:
     options: Mapping[str, OptionValue]
 
 
-def _describe(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
+    """An exception in one line."""
     text = str(error).strip().replace("\n", " ")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
@@ -373,7 +372,7 @@ def load_plugin(found: Provider) -> Any:
     except HOOK_ERRORS as error:
         ours = isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "multifd"
         hint = ": it is written for another multifd-core, upgrade the older of the two" if ours else ""
-        raise CompressorError(f"{found.name} ({found}): import failed: {_describe(error)}{hint}") from error
+        raise CompressorError(f"{found.name} ({found}): import failed: {describe(error)}{hint}") from error
 
 
 def _nobody_provides(name: str, installed: list[str]) -> str:

@@ -18,7 +18,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -27,6 +27,7 @@ from uuid import UUID
 from multifd.errors import HostError, MultifdError, PeerError, UsageError
 from multifd.flags import MAX_PAYLOAD, VM_FILE_MAGIC, Command, method_name
 from multifd.migrate import DEFAULT_TIMEOUT, MAIN_READ, connecting_wrap, listening_wrap, warn_exposed
+from multifd.observers import BACK, IN, OUT, Observers, Watch
 from multifd.plugins import AUTO, Compressor, Settings, Spec, select, settle
 from multifd.ram import packet_buffer, part, zero_indexes
 from multifd.recv import Codecs, Decoder, identify, read_packet
@@ -90,6 +91,7 @@ class _Plan:
     channels: int | None
     drop_switchover_start: bool
     find_zero_pages: bool
+    observers: Observers
 
 
 @dataclass(slots=True)
@@ -102,13 +104,15 @@ class _Leg:
     page_size: int
     decoder: Decoder
     encoder: Encoder | None
+    came: Watch
+    went: Watch
+    seconds: dict[str, float]
     packets: int = 0
     normal_pages: int = 0
     zero_pages: int = 0
     syncs: int = 0
     ended: bool = False
     methods: set[int] = field(default_factory=set)
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
     def lap(self, stage: str, since: float) -> float:
         """Count the time since then to a stage; returns now."""
@@ -177,6 +181,8 @@ class _Migration:
         self._sync_points = 0
         self._source_ended = False
         self._over = False
+        self._observed = ExitStack()
+        self._observed.enter_context(plan.observers.migration(IN, OUT))
 
     def take(self, connection: SocketConnection) -> bool:
         """A connection from the source; False where this migration is over."""
@@ -197,9 +203,10 @@ class _Migration:
         for thread in self._threads:  # the last ones may still start another
             thread.join()
         try:
-            if self.error is not None:
-                raise self.error
-            return self._result()
+            with self._observed:
+                if self.error is not None:
+                    raise self.error
+                return self._result()
         except BaseException:
             for connection in self._connections:
                 connection.reset()
@@ -306,14 +313,17 @@ class _Migration:
                 return None
             page_size = self._parser.page_size
         destination = self._connect()
-        destination.write([InitPacket(self._plan.uuid or init.uuid, init.id).pack()])
+        there = InitPacket(self._plan.uuid or init.uuid, init.id)
+        destination.write([there.pack()])
+        seconds = dict.fromkeys(STAGES, 0.0)
+        came = self._plan.observers.watch(IN, init, ("wait", "decode"), seconds)
+        went = self._plan.observers.watch(OUT, there, ("encode", "write"), seconds)
         encoder = None
         if self._plan.to is not None:
             compressor, settings = self._plan.to
             encoder = Encoder(compressor, compressor.channel(init.id, page_size, settings))
-        leg = _Leg(
-            init.id, connection, destination, page_size, Decoder(init.id, connection, self._plan.codecs), encoder
-        )
+        decoder = Decoder(init.id, came.tee(connection), self._plan.codecs)
+        leg = _Leg(init.id, connection, destination, page_size, decoder, encoder, came, went, seconds)
         with self._changed:
             self._legs[init.id] = leg
         return leg
@@ -349,11 +359,13 @@ class _Migration:
         self._spawn(lambda: self._pass_answers(source, destination))
         data = MAGIC.pack(VM_FILE_MAGIC)
         while data:
+            self._plan.observers.main(IN, data)
             passed = self._watch(data)
             try:
                 destination.write([passed])
             except Lost as lost:
                 raise self._gone() from lost
+            self._plan.observers.main(OUT, passed)
             data = source.read_some(MAIN_READ)
         self._source_ended = True
         destination.finish()  # it closes in its turn, when it is done
@@ -415,6 +427,7 @@ class _Migration:
                 source.write([data])
             except Lost as lost:
                 raise PeerError(INCOMPLETE) from lost
+            self._plan.observers.main(BACK, data)
         if self._source_is_well() and not self._parser.complete:
             raise self._gone()
         self.stop()
@@ -448,6 +461,9 @@ class _Migration:
         head = memoryview(header)
         # For pages, or for a payload that passes as it is.
         room = memoryview(bytearray(MAX_PAYLOAD) if leg.encoder is None else packet_buffer())
+        payloads = leg.came.tee(leg.source)
+        leg.came.begin(leg.page_size)
+        leg.went.begin(leg.page_size)
         since = time.perf_counter()
         while True:
             try:
@@ -467,18 +483,22 @@ class _Migration:
                 leg.methods.add(packet.method)
             leg.syncs += packet.sync
             if leg.encoder is not None:
-                since = self._recode(leg, leg.encoder, packet, room, since)
+                since = self._recode(leg, leg.encoder, packet, head, room, since)
                 continue
             if packet.next_packet_size > MAX_PAYLOAD:
                 raise PeerError(f"packet {packet.packet_num}: a payload of {packet.next_packet_size} bytes is too long")
             body = room[: packet.next_packet_size]
             if body:
-                leg.source.read_into(body, due=True)
+                payloads.read_into(body, due=True)
             since = leg.lap("wait", since)
+            since = leg.came.packet(packet, head) or since
             leg.destination.write([head, body])
             since = leg.lap("write", since)
+            since = leg.went.packet(packet, head, [body]) or since
 
-    def _recode(self, leg: _Leg, encoder: Encoder, packet: RamPacket, buffer: memoryview, since: float) -> float:
+    def _recode(
+        self, leg: _Leg, encoder: Encoder, packet: RamPacket, head: memoryview, buffer: memoryview, since: float
+    ) -> float:
         assert self._plan.to is not None
         payload: Sequence[Buffer] = ()
         if packet.normal:
@@ -487,6 +507,7 @@ class _Migration:
             pages = buffer[: count * size]
             leg.decoder.decode(packet, pages, size)
             since = leg.lap("decode", since)
+            since = leg.came.packet(packet, head) or since
             pages = pages.toreadonly()
             runs: Sequence[tuple[int, int]] = [(0, count)]
             if self._plan.find_zero_pages and (found := zero_indexes(pages, size)):
@@ -497,10 +518,14 @@ class _Migration:
             if runs:
                 payload = encoder.encode([pages[first * size : end * size] for first, end in runs])
             since = leg.lap("encode", since)
+        else:
+            since = leg.came.packet(packet, head) or since
         method = self._plan.to[0].facts.flag
         packet = replace(packet, method=method, next_packet_size=sum(map(len, payload)))
-        leg.destination.write([packet.pack(leg.page_size), *payload])
-        return leg.lap("write", since)
+        header = packet.pack(leg.page_size)
+        leg.destination.write([header, *payload])
+        since = leg.lap("write", since)
+        return leg.went.packet(packet, header, payload) or since
 
     def counters(self) -> dict[Sample, float]:
         """What went through so far; the main channel has no method."""
@@ -574,6 +599,7 @@ class Relay:
         listen_tls_creds: str | Path | None = None,
         connect_tls_creds: str | Path | None = None,
         connect_tls_hostname: str | None = None,
+        observe: Sequence[str] = (),
         timeout: float = DEFAULT_TIMEOUT,
     ) -> None:
         """`listen` and `to_uri` are `tcp:HOST:PORT` or `unix:PATH`.
@@ -588,7 +614,8 @@ class Relay:
         and newer with fresh memory.  `listen_tls_creds` and `connect_tls_creds` are directories of
         certificates as `multifd.tls` wants them, for either leg, plain without; `connect_tls_hostname` is
         what the destination's has to name where that is not `to_uri`'s host.  `timeout`, in seconds, is how
-        long nothing may move while somebody waits.
+        long nothing may move while somebody waits.  `observe` are those that look on, each `NAME[=ARG]`
+        (`multifd.observers`): at what came from the source and at what went to the destination.
         Raises UsageError, CallerError, CompressorError, HostError.
         """
         target = Uri.parse(to_uri)
@@ -605,7 +632,10 @@ class Relay:
             chosen = select(settle(Spec.parse(to), bytes), sending=True)
         wrap = connecting_wrap(connect_tls_creds, connect_tls_hostname, target)
         codecs = Codecs(Spec.parse(source) if source else None)
-        self._plan = _Plan(target, wrap, codecs, chosen, uuid, channels, drop_switchover_start, find_zero_pages)
+        observers = Observers(observe)
+        self._plan = _Plan(
+            target, wrap, codecs, chosen, uuid, channels, drop_switchover_start, find_zero_pages, observers
+        )
         self._timeout = timeout
         self._changed = threading.Condition()
         # Guarded by the condition:
