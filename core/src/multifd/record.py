@@ -8,8 +8,8 @@ migration is complete, and for good where it fails, it is called DIR.incomplete.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
@@ -77,18 +77,14 @@ class Record:
     @hookimpl
     def multifd_observe_finish(self, complete: bool) -> None:
         files, self._files = self._files, {}
-        part = _incomplete(self._directory)
-        try:
+        with ExitStack() as cleanup:
+            for file in files.values():
+                cleanup.callback(file.close)
             if complete:
                 for file in files.values():
                     file.flush()
                     os.fsync(file.fileno())
-                part.rename(self._directory)
-        finally:
-            for file in files.values():
-                file.close()
-        if files and not complete:
-            warnings.warn(f"the recording ends before the migration does: {part}", RuntimeWarning, stacklevel=2)
+                _incomplete(self._directory).rename(self._directory)
 
 
 def _incomplete(directory: Path) -> Path:

@@ -520,7 +520,7 @@ class _Migration:
             since = leg.lap("encode", since)
         else:
             since = leg.came.packet(packet, head) or since
-        method = self._plan.to[0].facts.flag
+        method = self._plan.to[0].facts.flag if packet.normal or packet.zero else 0
         packet = replace(packet, method=method, next_packet_size=sum(map(len, payload)))
         header = packet.pack(leg.page_size)
         leg.destination.write([header, *payload])

@@ -266,6 +266,7 @@ class SendChannels:
             return
         channel.watch.lap("wait")
         payload = channel.encoder.encode([channel.pages[a * size : b * size] for a, b in runs]) if runs else ()
+        channel.watch.lap("encode")
         packet = RamPacket(
             method=self._compressor.facts.flag,
             packet_num=next(self._packet_num),
@@ -274,7 +275,6 @@ class SendChannels:
             zero=zero,
             next_packet_size=sum(map(len, payload)),
         )
-        channel.watch.lap("encode")
         header = packet.pack(size)
         channel.connection.write([header, *payload])
         channel.watch.lap("write")
