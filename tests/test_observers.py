@@ -134,6 +134,7 @@ class Seeing:
         times: Times,
     ) -> None:
         assert header.readonly
+        assert isinstance(payload, tuple)
         assert all(piece.readonly for piece in payload)
         self.packets.append((channel, packet, bytes(header), b"".join(payload), times))
 

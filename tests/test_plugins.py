@@ -90,6 +90,7 @@ def test_broken_plugins_are_rows_with_their_reason(site: Site, monkeypatch: pyte
     site.install("crashes", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     site.install("prints", "print('{}' * 100)\n" + GOOD.format(name="prints", method="prints", flag=29, hardware=False))
     site.install("missing", "import no_such_library")
+    site.install("list", GOOD.format(name="list", method="list", flag=30, hardware=False).replace("range(1, 4)", "[2]"))
     site.install("newer", "from multifd.hookspecs import Queue")
     site.install("badfacts", GOOD.format(name="badfacts", method="badfacts", flag="'30'", hardware=False))
     site.install("empty", "")
@@ -115,6 +116,7 @@ def test_broken_plugins_are_rows_with_their_reason(site: Site, monkeypatch: pyte
     assert "cannot import name 'Queue'" in reasons["newer"]
     assert reasons.pop("newer").endswith("it is written for another multifd-core, upgrade the older of the two")
     assert "flag 30 is not" in reasons.pop("badfacts")
+    assert "list: AttributeError: 'list' object has no attribute 'start'" in reasons.pop("list")
     assert "returned NoneType, not Facts" in reasons.pop("empty")
     assert "calls itself 'other'" in reasons.pop("liar")
     assert "flag 3 is not free, a method of its own takes 27..31" in reasons.pop("badflag")

@@ -22,7 +22,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import pluggy
@@ -37,7 +37,7 @@ from multifd.wire import Buffer, InitPacket, RamPacket
 IN, OUT, BACK = "in", "out", "back"
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class ObservedChannel:
     """One multifd channel in one direction; `id` counts from 0, `init` are the 64 bytes that it began with."""
 
@@ -134,7 +134,7 @@ class _Watching(Watch):
         self._pieces: list[bytes] = []
 
     def begin(self, page_size: int) -> None:
-        self._channel.page_size = page_size
+        self._channel = replace(self._channel, page_size=page_size)
         self._since = time.perf_counter()
 
     def tee(self, connection: Readable) -> Readable:
@@ -157,7 +157,7 @@ class _Watching(Watch):
             # It was read inside of these; where payloads pass as they are, nothing decodes.
             spent["decode" if spent["decode"] else "wait"] -= self._read
             spent["read"] = self._read
-        views = [memoryview(piece).toreadonly() for piece in (self._pieces if payload is None else payload)]
+        views = tuple(memoryview(piece).toreadonly() for piece in (self._pieces if payload is None else payload))
         head = memoryview(header).toreadonly()
         self._observers.packet(self._channel, packet, head, views, Times(**spent))
         self._read = 0.0

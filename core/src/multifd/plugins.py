@@ -632,8 +632,8 @@ def _row(name: str, sample: bytes, page_size: int) -> dict[str, Any]:
         if sample and probe.available:
             seconds, size = compressor.measure(settings, memoryview(sample), page_size)
             row |= {"seconds": seconds, "ratio": len(sample) / size}
-    except MultifdError as error:
-        return row | {"reason": str(error)}
+    except HOOK_ERRORS as error:
+        return row | {"reason": str(error) if isinstance(error, MultifdError) else f"{name}: {describe(error)}"}
     reason = probe.reason or ("" if probe.available else _why_not(probe))
     return row | {
         "available": probe.available,
