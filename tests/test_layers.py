@@ -18,6 +18,8 @@ LAYERS = [
     {"ram", "transport"},
     {"hookspecs", "stream", "snapshot", "tls"},
     {"nocomp", "plugins"},
+    {"observers"},
+    {"stats", "trace", "record"},
     {"send", "recv"},
     {"qmp"},
     {"migrate"},
@@ -30,8 +32,8 @@ LAYERS = [
 ROOMS = {
     "socket": {"transport"},
     "ssl": {"tls"},
-    "threading": {"tls", "send", "recv", "migrate", "relay", "metrics"},
-    "pluggy": {"hookspecs", "plugins"},
+    "threading": {"tls", "observers", "send", "recv", "migrate", "relay", "metrics"},
+    "pluggy": {"hookspecs", "plugins", "observers"},
 }
 
 

@@ -112,6 +112,17 @@ def test_two_in_a_row_over_unix_sockets(work: Path) -> None:
     assert (work / "snap" / "0-pc.ram.raw").read_bytes() == content
 
 
+def test_auto_writes_with_the_best_that_the_destination_accepts(work: Path) -> None:
+    content = image(work)
+    there = peers.Receiving(work / "snap", compressor="zstd")
+    with closing(Relaying(there.uri, source="auto", to="auto,accepts=zstd+qpl")) as relaying:
+        migrate.send(open_source(work / "image.raw"), relaying.uri, "auto,accepts=zlib")
+        there.join()
+        result = relaying.result()
+    assert (result.source, result.destination) == ("zlib", "zstd")
+    assert (work / "snap" / "0-pc.ram.raw").read_bytes() == content
+
+
 def test_one_migration_after_another(work: Path) -> None:
     content = image(work)
     with closing(Relaying(f"unix:{work}/there", migrations=3, to="zlib")) as relaying:

@@ -25,13 +25,16 @@ from pathlib import Path
 
 from measure import MULTIFD, make_image, same, transfer
 from multifd.flags import PACKET_SIZE
+from multifd.observers import OUT, Observers
 from multifd.plugins import Spec, select
 from multifd.ram import packet_buffer, without, zero_indexes
+from multifd.wire import InitPacket, RamPacket
 
 PAGE = 4096
 CHANNELS = 2
 #: Bytes of a RAM packet's header, which the bare loop sends and drops.
 HEADER = 1344
+EMPTY = RamPacket()
 
 #: One packet: the runs of its normal pages, (offset in the image, length).
 Packet = list[tuple[int, int]]
@@ -239,6 +242,50 @@ def none_lines(report: Report, image: Path, output: Path, packets: Sequence[Pack
             report.line("none: rate / bare loop with pwrite", ratio, "none", True, detail)
 
 
+def hooks_line(report: Report, image: Path, output: Path, packets: Sequence[Packet], runs: int) -> None:
+    """All hook calls that a side makes in a none transfer, and what it does for observers that are not there.
+
+    One after another, as in a process they never run at once; but for the payload's reading, the hooks of none
+    are nothing but a call.
+    """
+    compressor, settings = select(Spec("none"), sending=True)
+    channel = compressor.channel(0, PAGE, settings)
+    channel.bind(lambda _: None)
+    watch = Observers().watch(OUT, InitPacket(bytes(16), 0), ())
+    buffer = memoryview(packet_buffer())
+    header = bytes(HEADER)
+    views = [[buffer[:length] for _, length in packet] for packet in packets]
+
+    def send() -> None:
+        for pages in views:
+            watch.lap("wait")
+            payload = compressor.hook.multifd_send_prepare(channel=channel, pages=pages)
+            watch.lap("encode")
+            watch.lap("write")
+            watch.packet(EMPTY, header, payload)
+
+    def receive() -> None:
+        for pages in views:
+            watch.lap("wait")
+            channel.next_packet_size = len(pages[0])
+            compressor.hook.multifd_recv(channel=channel, pages=pages[0])
+            watch.lap("decode")
+            watch.packet(EMPTY, header)
+
+    shares = []
+    for _ in range(runs):
+        seconds = []
+        for side in (send, receive):
+            started = time.perf_counter()
+            side()
+            seconds.append(time.perf_counter() - started)
+        source, _ = transfer(image, output, "none")
+        shares.append((100 * max(seconds) / source.result["seconds"], max(seconds)))
+    share, spent = sorted(shares)[len(shares) // 2]
+    detail = f"{1e6 * spent / len(packets):.1f} us of the slower side for each of {len(packets)} packets"
+    report.line("none: hooks, no observer, % of the transfer", share, "<= 2", share <= 2, detail)
+
+
 def memory_lines(report: Report, image: Path, output: Path) -> None:
     for name in ("none", "zlib", "zstd", "qatzip-sw"):
         both = transfer(image, output, name, channels=4, sample_interval=0.01)
@@ -306,6 +353,7 @@ def _measure(report: Report, image: Path, runs: int) -> None:
     output = image.with_name("snapshot")
     packets = plan(image)
     none_lines(report, image, output, packets, runs)
+    hooks_line(report, image, output, packets, runs)
     codec_lines(report, image, output, packets, runs)
     memory_lines(report, image, output)
     start_line(report, image.parent, runs)

@@ -39,6 +39,8 @@ def main(argv: Sequence[str]) -> int:
     gc.freeze()  # what was imported lives to the end: do not look through it again and again
     try:
         with _signals():
+            if getattr(arguments, "disable", None) or getattr(arguments, "plugin", None):
+                _choose_plugins(arguments)
             code: int = arguments.run(arguments)
         sys.stdout.flush()
         return code
@@ -59,6 +61,15 @@ def main(argv: Sequence[str]) -> int:
 def _say(text: str) -> None:
     """One line."""
     print(f"multifd: {text}".replace("\n", " "), file=sys.stderr, flush=True)
+
+
+def _choose_plugins(arguments: argparse.Namespace) -> None:
+    """Before anything is loaded."""
+    from multifd import plugins
+
+    plugins.disable(arguments.disable)
+    for path in arguments.plugin:
+        plugins.add_file(path)
 
 
 _warned: set[str] = set()
@@ -100,6 +111,25 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object at the end")
     common.add_argument("--debug", action="store_true", help="on an error, print where it came from")
+    plugged = argparse.ArgumentParser(add_help=False)
+    plugged.add_argument(
+        "--disable",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="leave out what a distribution provides, or else a plugin of this name; repeatable, as is MULTIFD_DISABLE",
+    )
+    plugged.add_argument(
+        "--plugin", action="append", default=[], metavar="FILE.py", help="a compressor under development; repeatable"
+    )
+    observed = argparse.ArgumentParser(add_help=False)
+    observed.add_argument(
+        "--observe",
+        action="append",
+        default=[],
+        metavar="NAME[=ARG]",
+        help="who looks on: stats[=FILE], trace[=FILE], record=DIR, or an installed one; repeatable",
+    )
     timed = argparse.ArgumentParser(add_help=False)
     timed.add_argument(
         "--timeout",
@@ -111,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "compressors",
-        parents=[common],
+        parents=[common, plugged],
         help="which compressors work here, and why not",
         description="List the installed compressors: whether each works here, with what, or why not.",
     )
@@ -119,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "receive",
-        parents=[common, timed],
+        parents=[common, plugged, observed, timed],
         help="take one migration into a snapshot",
         description="Take one migration and end.  Waits for the source without limit unless --timeout is given.",
     )
@@ -149,14 +179,17 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "send",
-        parents=[common, timed],
+        parents=[common, plugged, observed, timed],
         help="send memory to a destination",
         description="Send a snapshot or a raw memory image; succeeds when the destination has confirmed.",
     )
     command.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
     command.add_argument("uri", metavar="URI", help=f"where the destination listens: {URI_HELP}")
     command.add_argument(
-        "--compressor", default="none", metavar="NAME[,key=value...]", help="see `multifd compressors` (none)"
+        "--compressor",
+        default="none",
+        metavar="NAME[,key=value...]",
+        help="see `multifd compressors` (none); auto[,accepts=METHOD+METHOD...] takes the best that works here",
     )
     command.add_argument("--level", metavar="N", help="short for --compressor NAME,level=N")
     command.add_argument("--channels", type=int, metavar="N", help="multifd channels (2)")
@@ -183,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "relay",
-        parents=[common, timed],
+        parents=[common, plugged, observed, timed],
         help="stand between a source and a destination, and re-compress",
         description="Serve one migration after another until told to stop; re-compress each packet on its way.",
     )
@@ -191,7 +224,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--connect", required=True, metavar="URI", help=f"where the destination listens: {URI_HELP}")
     command.add_argument("--from", dest="source", metavar="NAME", help="refuse packets of any other method")
     command.add_argument(
-        "--to", metavar="NAME[,key=value...]", help="the compressor to write with (payloads pass as they are)"
+        "--to",
+        metavar="NAME[,key=value...]",
+        help="the compressor to write with (payloads pass as they are); auto[,accepts=METHOD+METHOD...] takes the best",
     )
     command.add_argument("--channels", type=int, metavar="N", help="the most channels that a source may use")
     command.add_argument("--uuid", type=_uuid, metavar="UUID", help="the destination's VM uuid, where it differs")
@@ -298,6 +333,7 @@ def _receive(arguments: argparse.Namespace) -> int:
             tls_creds=arguments.tls_creds,
             qmp=arguments.qmp,
             then=arguments.then,
+            observe=arguments.observe,
             on_listening=lambda uri: _say(f"listening on {uri}"),
             on_progress=line.show,
         )
@@ -328,6 +364,7 @@ def _send(arguments: argparse.Namespace) -> int:
             tls_creds=arguments.tls_creds,
             tls_hostname=arguments.tls_hostname,
             qmp=arguments.qmp,
+            observe=arguments.observe,
             on_progress=line.show,
         )
     _report(arguments, "sent", result, {})
@@ -369,6 +406,7 @@ def _relay(arguments: argparse.Namespace) -> int:
             listen_tls_creds=arguments.listen_tls_creds,
             connect_tls_creds=arguments.connect_tls_creds,
             connect_tls_hostname=arguments.connect_tls_hostname,
+            observe=arguments.observe,
             timeout=arguments.timeout or DEFAULT_TIMEOUT,
         ) as relay,
         ExitStack() as stack,

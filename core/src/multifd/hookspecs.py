@@ -23,6 +23,7 @@ from multifd.wire import Buffer
 
 PROJECT = "multifd"
 ENTRY_POINT_GROUP = "multifd.compressors"
+OBSERVER_GROUP = "multifd.observers"
 #: Version of this contract; a compressor states the one it was written for.
 API_VERSION = 1
 

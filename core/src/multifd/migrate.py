@@ -24,11 +24,12 @@ from pathlib import Path
 from multifd import qmp as qmp_driver
 from multifd.errors import CallerError, HostError, MultifdError, PeerError, UsageError
 from multifd.flags import PACKET_SIZE, VM_FILE_MAGIC, Command
-from multifd.plugins import Spec, select
+from multifd.observers import BACK, IN, OUT, Observers, Watch
+from multifd.plugins import Spec, select, settle
 from multifd.qmp import THEN
-from multifd.ram import Block, runs
+from multifd.ram import Block, packet_buffer, runs, without, zero_indexes
 from multifd.recv import Codecs, Memory, RecvChannels, identify
-from multifd.send import ZERO_PAGES, Batch, SendChannels, SourceFile
+from multifd.send import ZERO_PAGES, Batch, SendChannels, SourceFile, read_batch
 from multifd.snapshot import SYNC_MODES, BlockFile, SnapshotWriter, Source, check_free
 from multifd.stream import (
     BlockList,
@@ -177,19 +178,22 @@ def send(
     tls_creds: str | Path | None = None,
     tls_hostname: str | None = None,
     qmp: str | None = None,
+    observe: Sequence[str] = (),
     on_progress: OnProgress | None = None,
 ) -> Result:
     """Send a snapshot or a raw image (`snapshot.open_source`) to the destination at `uri`.
 
-    `compressor` is `NAME[,key=value...]`.  `zero_pages` says where zero pages go: `multifd`, in
-    the packets, for destinations of 9.0 and newer with fresh memory (the default for raw
-    images); `legacy`, on the main channel, right for every destination (for snapshots); `none`,
-    as normal pages.  `sync` is `round` or `section`, what the destination's machine type wants;
-    the source's own unless given, and so is `uuid`, 16 bytes.  `tls_creds` is a directory of
-    certificates as `multifd.tls` wants them, `tls_hostname` what the destination's has to name
-    where that is not `uri`'s host; plain without.  `qmp` is the monitor of the
+    `compressor` is `NAME[,key=value...]`, or `auto[,accepts=METHOD+METHOD...]` for the best one
+    here of the methods that the destination accepts, all of them unless given.  `zero_pages` says
+    where zero pages go: `multifd`, in the packets, for destinations of 9.0 and newer with fresh
+    memory (the default for raw images); `legacy`, on the main channel, right for every
+    destination (for snapshots); `none`, as normal pages.  `sync` is `round` or `section`, what the
+    destination's machine type wants; the source's own unless given, and so is `uuid`, 16 bytes.
+    `tls_creds` is a directory of certificates as `multifd.tls` wants them, `tls_hostname`
+    what the destination's has to name where that is not `uri`'s host; plain without.  `qmp` is the monitor of the
     destination's QEMU, started with `-incoming defer`: its settings are made to fit, it is told to
-    listen at `uri`, and its version and uuid are asked.  Returns when the destination has
+    listen at `uri`, and its version and uuid are asked.
+    `observe` are those that look on, each `NAME[=ARG]` (`multifd.observers`).  Returns when the destination has
     confirmed.  Raises UsageError, CallerError, HostError, PeerError, CompressorError.
     """
     _check_channels(channels)
@@ -203,9 +207,11 @@ def send(
     if zero_pages not in ZERO_PAGES or sync not in SYNC_MODES:
         raise UsageError(f"zero_pages {zero_pages!r} or sync {sync!r} is none of {ZERO_PAGES}, {SYNC_MODES}")
     wrap = connecting_wrap(tls_creds, tls_hostname, target)
-    spec = Spec.parse(compressor)
+    spec = settle(Spec.parse(compressor), partial(_sample, source), source.page_size)
     chosen, settings = select(spec, sending=True)
+    observers = Observers(observe)
     with ExitStack() as cleanup:
+        cleanup.enter_context(observers.migration(OUT))
         driver = None
         if qmp is not None:
             driver = qmp_driver.Destination(qmp, channels=channels, method=chosen.facts.method, timeout=timeout)
@@ -216,14 +222,15 @@ def send(
         if driver is not None:
             driver.listen(str(target))
         started = time.monotonic()
-        main = connect(target, silence, wrap=wrap)
-        cleanup.callback(main.close)
-        warn_exposed(main)
-        connections: list[SocketConnection] = []
+        connection = connect(target, silence, wrap=wrap)
+        cleanup.callback(connection.close)
+        warn_exposed(connection)
+        main = observers.watch_main(connection, read=BACK, written=OUT)
+        connections: list[tuple[SocketConnection, Watch]] = []
         total = sum(file.block.used_length for file in files) // source.page_size
 
         def wire_bytes() -> int:
-            return main.bytes_written + sum(connection.bytes_written for connection in connections)
+            return main.bytes_written + sum(connection.bytes_written for connection, _ in connections)
 
         def report(show: OnProgress) -> None:
             _, normal, zero = engine.counts
@@ -238,8 +245,9 @@ def send(
             for number in range(channels):
                 connection = _connect_channel(target, silence, number, wrap)
                 cleanup.callback(connection.close)
-                connections.append(connection)
-                connection.write([InitPacket(uuid or source.uuid, number).pack()])
+                init = InitPacket(uuid or source.uuid, number)
+                connections.append((connection, observers.watch(OUT, init, ("wait", "encode", "write"))))
+                connection.write([init.pack()])
             engine = SendChannels(connections, chosen, settings, source.page_size, zero_pages)
             cleanup.callback(engine.stop)
             if on_progress is not None:
@@ -250,7 +258,7 @@ def send(
                 driver.wait()
         except (Lost, Stalled, _Refused) as error:
             told: MultifdError = PeerError(
-                f"{error}: the destination's own message says why.  Here: compressor {compressor}, "
+                f"{error}: the destination's own message says why.  Here: compressor {spec}, "
                 f"{_counted(channels, 'channel')}, page size {source.page_size}; all three must fit over there"
             )
             raise (driver.explain(told) if driver is not None else told) from error
@@ -287,6 +295,24 @@ def _open_block(block: Block, path: Path, cleanup: ExitStack) -> SourceFile:
     with suppress(OSError):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
     return SourceFile(block, str(path), fd)
+
+
+def _sample(source: Source) -> bytes:
+    """Normal pages from all over the memory, for `auto` to compress: of about eight packets."""
+    total = sum(item.block.used_length for item in source.blocks)
+    step = max(1, total // PACKET_SIZE // 8) * PACKET_SIZE
+    buffer = memoryview(packet_buffer())
+    found = []
+    for item in source.blocks:
+        with ExitStack() as cleanup:
+            file = _open_block(item.block, item.path, cleanup)
+            for offset in range(0, item.block.used_length, step):
+                length = min(PACKET_SIZE, item.block.used_length - offset)
+                read_batch(Batch(file, offset, length), buffer)
+                zeros = zero_indexes(buffer[:length], source.page_size)
+                for first, end in without(zeros, length // source.page_size):
+                    found.append(bytes(buffer[first * source.page_size : end * source.page_size]))
+    return b"".join(found)
 
 
 def _batches(files: list[SourceFile], *, read_holes: bool) -> Iterator[Batch]:
@@ -371,12 +397,13 @@ def receive(
     tls_creds: str | Path | None = None,
     qmp: str | None = None,
     then: str = "stop",
+    observe: Sequence[str] = (),
     on_listening: Callable[[str], None] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Result:
     """Take one migration from `uri` (`tcp:`, `unix:` or `recording:`) into a snapshot.
 
-    Without `compressor` each packet's own flag decides.  `channels` is DEFAULT_CHANNELS unless
+    Without `compressor`, or with `auto`, each packet's own flag decides.  `channels` is DEFAULT_CHANNELS unless
     given; a recording says it itself.  `page_size` is assumed where the stream names none.
     `description_required` refuses a stream without VM description, `missing_allowed` takes one
     in which pages never came (memory that the guest gave back to its host).  `timeout` bounds
@@ -385,7 +412,8 @@ def receive(
     `tls_creds` is a directory of certificates as `multifd.tls` wants them; plain without.
     `qmp` is the monitor of the source's QEMU: its settings are made to fit and put back at the
     end, the migration is started, and after it the guest is left as `then` says: `stop`,
-    `resume` or `quit`; where it fails, a guest that ran goes on.
+    `resume` or `quit`; where it fails, a guest that ran goes on.  `observe` are those that look on,
+    each `NAME[=ARG]` (`multifd.observers`).
     Raises UsageError, CallerError, HostError, PeerError, CompressorError.
     """
     if page_size not in (None, *PAGE_SIZES):
@@ -402,7 +430,9 @@ def receive(
     check_free(path)
     codecs = Codecs(Spec.parse(compressor) if compressor else None)
     silence = Silence(timeout, idle_timeout)
+    observers = Observers(observe)
     with ExitStack() as cleanup:
+        cleanup.enter_context(observers.migration(IN))
         recorded: list[Connection] = []
         listener = None
         driver: qmp_driver.Source | None = None
@@ -423,7 +453,7 @@ def receive(
                 first_timeout = timeout
             listener = Listener(source, wrap)
             cleanup.callback(listener.close)
-        arrivals = _Arrivals(listener, channels, codecs, silence)
+        arrivals = _Arrivals(listener, channels, codecs, silence, observers)
         job = _Receiver(arrivals, path, page_size, description_required, missing_allowed)
         cleanup.callback(job.close)  # after the threads that write to its files
         cleanup.callback(arrivals.close)
@@ -456,10 +486,13 @@ def receive(
 class _Arrivals:
     """Accepts connections; each gets a thread, which finds out by its first bytes what it is."""
 
-    def __init__(self, listener: Listener | None, count: int, codecs: Codecs, silence: Silence) -> None:
+    def __init__(
+        self, listener: Listener | None, count: int, codecs: Codecs, silence: Silence, observers: Observers
+    ) -> None:
         self.silence = silence
         self.codecs = codecs
-        self.channels = RecvChannels(count, codecs, silence, self._wake)
+        self.observers = observers
+        self.channels = RecvChannels(count, codecs, silence, self._wake, observers)
         self.complete = False
         self._listener = listener
         self._changed = threading.Condition()
@@ -600,12 +633,16 @@ class _Receiver:
 
     def run(self, first_timeout: float | None) -> Result:
         """Take the migration to its end; says so to the source when it is on the disk."""
-        main = self._main = self._arrivals.main(first_timeout)
+        connection = self._arrivals.main(first_timeout)
+        observers = self._arrivals.observers
+        main = self._main = observers.watch_main(connection, read=IN, written=BACK)
         self._started = time.monotonic()
-        self._parser.feed(MAGIC.pack(VM_FILE_MAGIC))
+        magic = MAGIC.pack(VM_FILE_MAGIC)  # which told that it is the main channel
+        observers.main(IN, magic)
+        self._parser.feed(magic)
         try:
             self._read(main)
-            self._channels.finish(recorded=isinstance(main, RecordedConnection))
+            self._channels.finish(recorded=isinstance(connection, RecordedConnection))
             self._arrivals.stop()  # nobody writes any more
             result = self._complete(main)
             self._arrivals.complete = True

@@ -5,21 +5,24 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import sys
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pluggy
 
 from multifd import hookspecs
-from multifd.errors import CompressorError, HostError, MultifdError, UsageError
-from multifd.flags import METHODS, THIRD_PARTY_FLAGS, method_name
-from multifd.hookspecs import API_VERSION, ENTRY_POINT_GROUP, Channel, Facts, OptionValue, Probe
+from multifd.errors import CallerError, CompressorError, HostError, MultifdError, UsageError
+from multifd.flags import DEFAULT_PAGE_SIZE, METHODS, PACKET_SIZE, THIRD_PARTY_FLAGS, method_name
+from multifd.hookspecs import API_VERSION, ENTRY_POINT_GROUP, OBSERVER_GROUP, Channel, Facts, OptionValue, Probe
 
 #: Compressors of this project: what to say when one is asked for and not installed.
 OURS = {
@@ -29,10 +32,14 @@ OURS = {
     "qatzip": "multifd-qatzip",
     "qatzip-sw": "multifd-qatzip",
 }
+#: Chooses the best available compressor where memory is sent; takes whatever comes where it is received.
+AUTO = "auto"
 RESERVED = {
-    "auto": "choosing the compressor by itself",
-    "adaptive": "choosing the compressor packet by packet",
+    AUTO: "choosing the compressor, where memory is sent",
+    "adaptive": "choosing the compressor packet by packet, which this version cannot do",
 }
+#: Names what is to be left out, parted by commas: a distribution, or else a plugin.  Children inherit it.
+DISABLE = "MULTIFD_DISABLE"
 #: Seconds a probe in a child process may take before it counts as hanging.
 PROBE_TIMEOUT = 10.0
 
@@ -63,22 +70,121 @@ class Spec:
             raise UsageError(f"compressor {text!r} has no name")
         return cls(name, settings)
 
+    def __str__(self) -> str:
+        return ",".join((self.name, *(f"{key}={value}" for key, value in self.settings.items())))
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """Who provides a plugin: a distribution, or a `--plugin` file by its path.  `load` imports it."""
+
+    name: str
+    load: Callable[[], object]
+    dist: metadata.Distribution | None = None
+    path: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.dist.name} {self.dist.version}" if self.dist else self.path
+
+    @property
+    def off(self) -> str:
+        """What turns it off."""
+        return f"--disable {self.dist.name}" if self.dist else f"no --plugin {self.path}"
+
+
+_files: list[Provider] = []
+
 
 @cache
-def _entry_points() -> dict[str, list[metadata.EntryPoint]]:
-    found: dict[str, list[metadata.EntryPoint]] = {}
-    for entry in metadata.entry_points(group=ENTRY_POINT_GROUP):
-        found.setdefault(entry.name, []).append(entry)
-    return found
+def _entry_points(group: str) -> tuple[Provider, ...]:
+    return tuple(Provider(entry.name, entry.load, entry.dist) for entry in metadata.entry_points(group=group))
 
 
-def _distribution(entry: metadata.EntryPoint) -> str:
-    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution"
+def _installed(group: str) -> list[Provider]:
+    """Everything of a group, turned off or not."""
+    return [*_entry_points(group), *(_files if group == ENTRY_POINT_GROUP else ())]
+
+
+def _normal(name: str) -> str:
+    """A name as pip compares it."""
+    return re.sub("[-_.]+", "-", name).lower()
+
+
+def providers(group: str) -> dict[str, list[Provider]]:
+    """Who provides each plugin of an entry-point group, without those turned off; imports none."""
+    found = _installed(group)
+    off = {_normal(name.strip()) for name in os.environ.get(DISABLE, "").split(",") if name.strip()}
+    if off:
+        owners = [_normal(provider.dist.name) if provider.dist else "" for provider in found]
+        # A distribution's name means only what it provides, so that of two with one plugin one can be chosen.
+        off_plugins = off - set(owners)
+        found = [
+            each
+            for each, owner in zip(found, owners, strict=True)
+            if owner not in off and _normal(each.name) not in off_plugins
+        ]
+    by_name: dict[str, list[Provider]] = {}
+    for each in found:
+        by_name.setdefault(each.name, []).append(each)
+    return by_name
+
+
+def provider_of(group: str, kind: str, name: str) -> Provider | None:
+    """The one who provides a plugin; None for nobody.  `kind` is what people call it.
+
+    Raises UsageError where it is turned off, CompressorError where several do.
+    """
+    found = providers(group).get(name, [])
+    if len(found) > 1:
+        raise CompressorError(f"the {kind} {name!r} is provided by {_choose(found)}")
+    if not found and any(other.name == name for other in _installed(group)):
+        raise UsageError(f"the {kind} {name!r} is turned off, by --disable or {DISABLE}")
+    return found[0] if found else None
+
+
+def _choose(found: Iterable[Provider]) -> str:
+    """Who they are, and how to keep one."""
+    found = sorted(found, key=str)
+    return f"{' and '.join(map(str, found))}: keep one, with {' or '.join(each.off for each in found)} (or {DISABLE})"
+
+
+def disable(given: Sequence[str]) -> None:
+    """Turn plugins off before any is loaded, here and in child processes: as `MULTIFD_DISABLE` does.
+
+    Each name is a distribution's (all that it provides), or else a plugin's (whoever provides it).
+    Warns of one that nothing has.
+    """
+    found = [*_installed(ENTRY_POINT_GROUP), *_installed(OBSERVER_GROUP)]
+    known = {_normal(each.name) for each in found} | {_normal(each.dist.name) for each in found if each.dist}
+    for name in given:
+        if _normal(name) not in known:
+            warnings.warn(f"--disable {name}: nothing that is installed has this name", RuntimeWarning, stacklevel=2)
+    os.environ[DISABLE] = ",".join(filter(None, (os.environ.get(DISABLE, ""), *given)))
+
+
+def add_file(path: str) -> None:
+    """Load a compressor from a single file during its development; its facts say its name.
+
+    Raises CallerError where there is no such file, CompressorError where it is broken.
+    """
+    from importlib import util
+
+    path = os.path.abspath(path)
+    # The prefix keeps a file called zlib.py from being everybody's zlib.
+    spec = util.spec_from_file_location(f"multifd_plugin_file_{len(_files)}_{Path(path).stem}", path)
+    if spec is None or spec.loader is None or not os.path.isfile(path):
+        raise CallerError(f"{path} is not a Python file: --plugin takes FILE.py")
+    module = sys.modules[spec.name] = util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except HOOK_ERRORS as error:
+        raise CompressorError(f"{path}: import failed: {describe(error)}") from error
+    _files.append(Provider(Compressor(None, module, path).name, lambda: module, path=path))
 
 
 def names() -> list[str]:
-    """The names of all installed compressors; imports none of them."""
-    return sorted(_entry_points())
+    """The names of all installed compressors that are not turned off; imports none of them."""
+    return sorted(providers(ENTRY_POINT_GROUP))
 
 
 def names_of_method(method: str) -> list[str]:
@@ -89,18 +195,25 @@ def names_of_method(method: str) -> list[str]:
 class Compressor:
     """One loaded compressor with a PluginManager of its own, so no hook reaches another."""
 
-    def __init__(self, name: str, plugin: object, distribution: str) -> None:
-        self.name = name
+    def __init__(self, name: str | None, plugin: object, distribution: str) -> None:
+        """`name` is None where only its facts say it.  Raises CompressorError where it is broken."""
+        self.name = name or "the compressor"
         self.distribution = distribution
         self._manager = pluggy.PluginManager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
         try:
-            self._manager.register(plugin, name)
+            self._manager.register(plugin)
             self._manager.check_pending()
         except Exception as error:
             raise CompressorError(f"{self}: its hooks do not fit this multifd: {error}") from error
         self.hook = self._manager.hook
-        self.facts = self._check_facts(self._call("multifd_compressor"))
+        facts = self._call("multifd_compressor")
+        if name is None and isinstance(facts, Facts):
+            self.name = facts.name
+        try:
+            self.facts = self._check_facts(facts)
+        except (TypeError, AttributeError) as error:
+            raise CompressorError(f"{self}: its facts make no sense: {error}") from error
 
     def __str__(self) -> str:
         return f"{self.name} ({self.distribution})"
@@ -111,16 +224,14 @@ class Compressor:
             return CompressorError(f"{doing}: {self.name}: {error}")
         if isinstance(error, MultifdError):
             return error
-        return CompressorError(f"{doing}: {self} failed: {_describe(error)}")
+        return CompressorError(f"{doing}: {self} failed: {describe(error)}")
 
     def cleanup(self, direction: str, channel: Channel) -> None:
         """Call a cleanup hook; one that raises all the same is told on standard error."""
         try:
             getattr(self.hook, f"multifd_{direction}_cleanup")(channel=channel)
         except HOOK_ERRORS as error:
-            warnings.warn(
-                f"{self}: multifd_{direction}_cleanup raised {_describe(error)}", RuntimeWarning, stacklevel=1
-            )
+            warnings.warn(f"{self}: multifd_{direction}_cleanup raised {describe(error)}", RuntimeWarning, stacklevel=1)
 
     def _call(self, hook: str, **arguments: object) -> Any:
         try:
@@ -161,6 +272,24 @@ class Compressor:
         if not isinstance(probe, Probe):
             raise CompressorError(f"{self}: multifd_probe returned {type(probe).__name__}, not Probe")
         return probe
+
+    def measure(self, settings: Settings, sample: memoryview, page_size: int) -> tuple[float, int]:
+        """Compress a sample of memory: (seconds, payload bytes).  Raises CompressorError."""
+
+        def once() -> tuple[float, int]:
+            channel = self.channel(0, page_size, settings)  # a stream remembers what it has seen
+            size = 0
+            try:
+                self._call("multifd_send_setup", channel=channel)
+                started = time.perf_counter()
+                for at in range(0, len(sample), PACKET_SIZE):
+                    pages = [sample[at : at + PACKET_SIZE]]
+                    size += sum(map(len, self._call("multifd_send_prepare", channel=channel, pages=pages)))
+                return time.perf_counter() - started, size
+            finally:
+                self.cleanup("send", channel)
+
+        return min(once() for _ in range(2))  # the first one warms up
 
     def channel(self, number: int, page_size: int, settings: Settings) -> Channel:
         """A fresh channel for this compressor's hooks."""
@@ -216,7 +345,8 @@ class Settings:
     options: Mapping[str, OptionValue]
 
 
-def _describe(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
+    """An exception in one line."""
     text = str(error).strip().replace("\n", " ")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
@@ -225,23 +355,24 @@ def load(name: str) -> Compressor:
     """Import the one compressor of this name, and no other.
 
     Raises HostError where nobody provides it, CompressorError where its plugin is broken or
-    two distributions claim the name, UsageError for a reserved name.
+    two distributions claim the name, UsageError for a reserved name and one that is turned off.
     """
     if name in RESERVED:
-        raise UsageError(f"{name!r} is reserved for {RESERVED[name]}, which this version cannot do: name one")
-    installed = _entry_points()
-    entries = installed.get(name)
-    if not entries:
-        raise HostError(_nobody_provides(name, sorted(installed)))
-    if len(entries) > 1:
-        both = " and ".join(sorted(_distribution(entry) for entry in entries))
-        raise CompressorError(f"the compressor {name!r} is provided by {both}: uninstall one of them")
-    distribution = _distribution(entries[0])
+        raise UsageError(f"{name!r} is reserved for {RESERVED[name]}: name a compressor")
+    found = provider_of(ENTRY_POINT_GROUP, "compressor", name)
+    if found is None:
+        raise HostError(_nobody_provides(name, names()))
+    return Compressor(name, load_plugin(found), str(found))
+
+
+def load_plugin(found: Provider) -> Any:
+    """Import what somebody provides.  Raises CompressorError where that fails."""
     try:
-        plugin = entries[0].load()
+        return found.load()
     except HOOK_ERRORS as error:
-        raise CompressorError(f"{name} ({distribution}): import failed: {_describe(error)}") from error
-    return Compressor(name, plugin, distribution)
+        ours = isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "multifd"
+        hint = ": it is written for another multifd-core, upgrade the older of the two" if ours else ""
+        raise CompressorError(f"{found.name} ({found}): import failed: {describe(error)}{hint}") from error
 
 
 def _nobody_provides(name: str, installed: list[str]) -> str:
@@ -255,7 +386,7 @@ def _nobody_provides(name: str, installed: list[str]) -> str:
 
 
 def select(spec: Spec, *, sending: bool) -> tuple[Compressor, Settings]:
-    """Load a compressor, check its settings and make sure it works here with them.
+    """Load a compressor, check its settings and make sure it works here with them, in this process.
 
     Warns of one that works, but not as its name promises.  Raises as `load`, UsageError for wrong
     settings, HostError where it does not work.
@@ -270,6 +401,60 @@ def select(spec: Spec, *, sending: bool) -> tuple[Compressor, Settings]:
     return compressor, settings
 
 
+def settle(spec: Spec, sample: Callable[[], bytes], page_size: int = DEFAULT_PAGE_SIZE) -> Spec:
+    """What `auto[,accepts=METHOD+METHOD...]` comes to for this memory; any other as it is.
+
+    Raises as `best`, UsageError for another setting.
+    """
+    if spec.name != AUTO:
+        return spec
+    settings = dict(spec.settings)
+    methods = settings.pop("accepts", None)
+    if settings:
+        raise UsageError(f"{AUTO} has no option {next(iter(settings))!r}; it has: accepts=METHOD+METHOD...")
+    return Spec(best(sample(), page_size, methods.split("+") if methods is not None else None))
+
+
+def best(sample: bytes, page_size: int = DEFAULT_PAGE_SIZE, methods: Collection[str] | None = None) -> str:
+    """The name of the best available compressor: hardware first, then the fastest on a sample of memory.
+
+    One that does not make the sample smaller comes last, so `none` is chosen where nothing does.
+    `methods` are those that the peer accepts, None for all.  An empty sample stands for some
+    memory or other.  Raises HostError where none works here, UsageError for a method nobody has.
+    """
+    found = names()
+    if methods is not None:
+        by_method = {method: names_of_method(method) for method in methods}
+        for method, of_method in by_method.items():
+            if method not in METHODS and not of_method:
+                raise UsageError(f"{AUTO}: there is no method {method!r}; installed: {', '.join(found)}")
+        found = sorted(set().union(*by_method.values()))
+    rows = probe_all(found, sample=sample or _own_sample(), page_size=page_size)
+    rows = [row for row in rows if methods is None or row["method"] in methods]
+    working = [row for row in rows if row["available"]]
+    if not working:
+        reasons = "; ".join(f"{row['name']}: {row['reason']}" for row in rows) or "none is installed"
+        raise HostError(f"{AUTO}: no compressor that the peer accepts works here: {reasons}")
+
+    def rank(row: Mapping[str, Any]) -> tuple[bool, bool, bool, float]:
+        if row["ratio"] <= 1:
+            return True, False, False, row["seconds"]
+        return False, not row["hardware"], row["reason"] != "", row["seconds"]
+
+    return str(min(working, key=rank)["name"])
+
+
+def _own_sample() -> bytes:
+    """Machine code, tables and text of this process, as they are in a guest's memory: up to four packets."""
+    with open("/proc/self/maps") as maps:
+        mapped = {line.split(maxsplit=5)[5].strip() for line in maps if " r-xp " in line and "/" in line}
+    data = b""
+    for path in [os.__file__, *sorted(filter(os.path.isfile, mapped))]:
+        with open(path, "rb") as file:
+            data += file.read(PACKET_SIZE)
+    return data[: min(len(data) // 65536, 32) * 65536]  # pages of any size
+
+
 def _why_not(probe: Probe) -> str:
     return "; ".join(filter(None, (probe.reason, probe.install))) or "it does not say why"
 
@@ -277,20 +462,23 @@ def _why_not(probe: Probe) -> str:
 def select_for_flag(flag: int) -> tuple[Compressor, Settings]:
     """The best available compressor to receive a method number: hardware first.
 
-    Raises HostError where none is installed or none works here.
+    Raises HostError where none is installed or none works here, CompressorError where two methods
+    have this number.
     """
     method = method_name(flag)
     candidates = names_of_method(method) if method in METHODS else names()
     if method in METHODS and len(candidates) == 1:
         return select(Spec(candidates[0]), sending=False)
-    compressor = load(_best(flag, tuple(candidates)))
+    compressor = load(_reader(flag, tuple(candidates)))
     return compressor, compressor.settings({}, sending=False)
 
 
 @cache
-def _best(flag: int, candidates: tuple[str, ...]) -> str:
+def _reader(flag: int, candidates: tuple[str, ...]) -> str:
     method = method_name(flag)
-    rows = [row for row in probe_all(list(candidates)) if row["flag"] == flag]
+    rows = [row for row in probe_all(candidates) if row["flag"] == flag]
+    if taken := _taken_twice(flag, rows):
+        raise CompressorError(taken)
     working = [row for row in rows if row["available"]]
     if working:
         best = min(working, key=lambda row: (not row["hardware"], row["reason"] != "", row["name"]))
@@ -298,32 +486,63 @@ def _best(flag: int, candidates: tuple[str, ...]) -> str:
     if rows:
         reasons = "; ".join(f"{row['name']}: {row['reason']}" for row in rows)
         raise HostError(f"the packets are {method}, and nothing here can read them: {reasons}")
+    if any(each.name.partition("-")[0] == method for each in _installed(ENTRY_POINT_GROUP)):
+        raise HostError(f"the packets are {method}, whose compressors are turned off, by --disable or {DISABLE}")
     hint = f"pip install {OURS[method]}" if method in OURS else "install a compressor of that method"
     raise HostError(f"the packets are {method}, and no compressor for it is installed: {hint}")
+
+
+def _taken_twice(flag: int, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Why a packet with this flag cannot be read by any of these, where their methods differ; or empty."""
+    mine = [row for row in rows if row["flag"] == flag]
+    if len({row["method"] for row in mine}) < 2:
+        return ""
+    found = providers(ENTRY_POINT_GROUP)
+    methods = " and ".join(sorted({row["method"] for row in mine}))
+    owners = _choose(each for row in mine for each in found[row["name"]])
+    return f"flag {flag} is taken by the methods {methods}, of {owners}"
 
 
 def rows() -> list[dict[str, Any]]:
     """Every installed compressor with its facts and probe, as `multifd compressors` shows them.
 
     Each is loaded and probed in a child process, so that one that is broken, hangs, prints or
-    crashes is a row with its reason.
+    crashes is a row with its reason.  One that is turned off is a row, and not loaded.
     """
-    return probe_all(names())
+    found = probe_all(sorted({each.name for each in _installed(ENTRY_POINT_GROUP)}))
+    for row in found:
+        if row["flag"] in THIRD_PARTY_FLAGS and (taken := _taken_twice(row["flag"], found)):
+            row["reason"] = "; ".join(filter(None, (row["reason"], taken)))
+    return found
 
 
-def probe_all(compressors: list[str], timeout: float = PROBE_TIMEOUT) -> list[dict[str, Any]]:
-    """The rows of these compressors, by name; children run at the same time."""
+def probe_all(
+    compressors: Sequence[str],
+    timeout: float = PROBE_TIMEOUT,
+    *,
+    sample: bytes = b"",
+    page_size: int = DEFAULT_PAGE_SIZE,
+) -> list[dict[str, Any]]:
+    """The rows of these compressors, by name, each from a child process.
+
+    With a sample of memory, `seconds` is what each takes to compress it and `ratio` what that
+    gives; then children run one by one, so as not to disturb each other, otherwise at the same time.
+    """
     if not compressors:
         return []
     from concurrent.futures import ThreadPoolExecutor  # not for those who only send or receive
 
-    installed = _entry_points()
-    with ThreadPoolExecutor(max_workers=2 * (os.cpu_count() or 1)) as pool:
-        probed = pool.map(lambda name: _probe_in_child(name, timeout), compressors)
-        return [_empty_row(name, installed[name]) | row for name, row in zip(compressors, probed, strict=True)]
+    enabled = providers(ENTRY_POINT_GROUP)
+    installed = _installed(ENTRY_POINT_GROUP)
+    with ThreadPoolExecutor(max_workers=1 if sample else 2 * (os.cpu_count() or 1)) as pool:
+        probed = pool.map(lambda name: _probe_in_child(name, timeout, sample, page_size), compressors)
+        return [
+            _empty_row(name, enabled.get(name) or [each for each in installed if each.name == name]) | row
+            for name, row in zip(compressors, probed, strict=True)
+        ]
 
 
-def _empty_row(name: str, entries: list[metadata.EntryPoint]) -> dict[str, Any]:
+def _empty_row(name: str, found: Iterable[Provider]) -> dict[str, Any]:
     method = name.partition("-")[0]
     return {
         "name": name,
@@ -333,7 +552,7 @@ def _empty_row(name: str, entries: list[metadata.EntryPoint]) -> dict[str, Any]:
         "hardware": False,
         "provider": "",
         "version": "",
-        "distribution": " and ".join(sorted(_distribution(entry) for entry in entries)),
+        "distribution": " and ".join(sorted(map(str, found))),
         "reason": "",
         "install": "",
         "devices": [],
@@ -343,17 +562,20 @@ def _empty_row(name: str, entries: list[metadata.EntryPoint]) -> dict[str, Any]:
     }
 
 
-def _probe_in_child(name: str, timeout: float) -> dict[str, Any]:
+def _probe_in_child(name: str, timeout: float, sample: bytes, page_size: int) -> dict[str, Any]:
     import signal
     import subprocess
 
     read_end, write_end = os.pipe()
-    with open(read_end, "rb") as answer:
+    files = [each.path for each in _files]
+    with open(read_end, "rb") as answer, open(os.memfd_create("sample"), "wb") as memory:
+        memory.write(sample)
+        memory.flush()
         try:
             # The answer has a pipe of its own: a vendor's library may print what it likes.
             child = subprocess.Popen(
-                [sys.executable, "-P", "-c", "from multifd.plugins import _child; _child()", name, str(write_end)],
-                stdin=subprocess.DEVNULL,
+                [sys.executable, "-P", "-c", CHILD, name, str(write_end), str(page_size), *files],
+                stdin=memory,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 pass_fds=[write_end],
@@ -380,14 +602,20 @@ def _probe_in_child(name: str, timeout: float) -> dict[str, Any]:
         return {"reason": f"its process died while it was probed ({how})"}
 
 
+CHILD = "from multifd.plugins import _child; _child()"
+
+
 def _child() -> None:
-    name, write_end = sys.argv[1:]
-    row = _row(name)
+    name, write_end, page_size, *files = sys.argv[1:]
+    sample = os.pread(0, os.fstat(0).st_size, 0)
+    for path in files:
+        add_file(path)
+    row = _row(name, sample, int(page_size))
     with open(int(write_end), "w") as answer:
         json.dump(row, answer)
 
 
-def _row(name: str) -> dict[str, Any]:
+def _row(name: str, sample: bytes, page_size: int) -> dict[str, Any]:
     row: dict[str, Any] = {}
     try:
         compressor = load(name)
@@ -399,9 +627,13 @@ def _row(name: str) -> dict[str, Any]:
             "levels": [facts.levels.start, facts.levels.stop - 1] if facts.levels is not None else None,
             "default_level": facts.default_level,
         }
-        probe = compressor.probe(compressor.settings({}, sending=True))
-    except MultifdError as error:
-        return row | {"reason": str(error)}
+        settings = compressor.settings({}, sending=True)
+        probe = compressor.probe(settings)
+        if sample and probe.available:
+            seconds, size = compressor.measure(settings, memoryview(sample), page_size)
+            row |= {"seconds": seconds, "ratio": len(sample) / size}
+    except HOOK_ERRORS as error:
+        return row | {"reason": str(error) if isinstance(error, MultifdError) else f"{name}: {describe(error)}"}
     reason = probe.reason or ("" if probe.available else _why_not(probe))
     return row | {
         "available": probe.available,

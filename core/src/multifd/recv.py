@@ -17,9 +17,10 @@ from typing import Protocol
 from multifd.errors import MultifdError, PeerError
 from multifd.flags import MAX_PAYLOAD, MULTIFD_MAGIC, VM_FILE_MAGIC, method_name
 from multifd.hookspecs import Channel
-from multifd.plugins import HOOK_ERRORS, Compressor, Settings, Spec, names, select, select_for_flag
+from multifd.observers import IN, UNWATCHED, Observers, Watch
+from multifd.plugins import AUTO, HOOK_ERRORS, Compressor, Settings, Spec, names, select, select_for_flag
 from multifd.ram import Block, check_packet, packet_buffer, runs
-from multifd.transport import Connection, Ended, RecordedConnection, Silence
+from multifd.transport import Connection, Ended, Readable, RecordedConnection, Silence
 from multifd.wire import INIT, MAGIC, PREFIX, InitPacket, RamPacket, header_length, is_device_state
 
 
@@ -50,7 +51,7 @@ class Codecs:
         self._lock = threading.Lock()
         self._loaded: dict[int, tuple[Compressor, Settings]] = {}
         self._expected = None
-        if spec is None:
+        if spec is None or spec.name == AUTO:
             names()  # read what is installed now, while nobody waits
         else:
             compressor, settings = select(spec, sending=False)
@@ -86,7 +87,7 @@ class Codecs:
 class Decoder:
     """One channel's payloads: each method's compressor is set up at its first packet."""
 
-    def __init__(self, number: int, connection: Connection, codecs: Codecs) -> None:
+    def __init__(self, number: int, connection: Readable, codecs: Codecs) -> None:
         self._id = number
         self._connection = connection
         self._codecs = codecs
@@ -156,6 +157,7 @@ class _RecvChannel:
     id: int
     connection: Connection
     decoder: Decoder
+    watch: Watch = UNWATCHED
     syncs: int = 0
     fresh_pages: int = 0
     ended: str = ""
@@ -167,8 +169,11 @@ class _RecvChannel:
 class RecvChannels:
     """All receiving channels of one migration."""
 
-    def __init__(self, count: int, codecs: Codecs, silence: Silence, on_failure: Callable[[], None]) -> None:
+    def __init__(
+        self, count: int, codecs: Codecs, silence: Silence, on_failure: Callable[[], None], observers: Observers
+    ) -> None:
         """`on_failure` is called once, from any thread, to wake the main channel's reader."""
+        self._observers = observers
         self.count = count
         self.uuid: bytes | None = None
         self._codecs = codecs
@@ -326,8 +331,9 @@ class RecvChannels:
                 )
             if init.id in self._channels:
                 raise PeerError(f"channel {init.id}: came twice")
+            watch = self._observers.watch(IN, init, ("wait", "decode"))
             channel = self._channels[init.id] = _RecvChannel(
-                init.id, connection, Decoder(init.id, connection, self._codecs)
+                init.id, connection, Decoder(init.id, watch.tee(connection), self._codecs), watch
             )
             self._changed.notify_all()
             return channel
@@ -342,6 +348,7 @@ class RecvChannels:
         header = bytearray(header_length(size))
         head = memoryview(header)
         pages = memoryview(packet_buffer())
+        channel.watch.begin(size)
         while not self._over:
             try:
                 packet = read_packet(channel.connection, head, size)
@@ -353,8 +360,10 @@ class RecvChannels:
                     self._changed.notify_all()
                 return
             channel.packets += 1
+            channel.watch.lap("wait")
             if packet.normal or packet.zero:
                 self._take(channel, memory, packet, pages)
+            channel.watch.packet(packet, head)
             if packet.sync and not self._wait_at_sync(channel):
                 return
 
@@ -369,6 +378,7 @@ class RecvChannels:
         if packet.normal:
             pages = buffer[: len(packet.normal) * size]
             channel.decoder.decode(packet, pages, size)
+            channel.watch.lap("decode")
             done = 0
             for offset, length in runs(packet.normal, size):
                 store.store(offset, pages[done : done + length])

@@ -18,7 +18,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -27,7 +27,8 @@ from uuid import UUID
 from multifd.errors import HostError, MultifdError, PeerError, UsageError
 from multifd.flags import MAX_PAYLOAD, VM_FILE_MAGIC, Command, method_name
 from multifd.migrate import DEFAULT_TIMEOUT, MAIN_READ, connecting_wrap, listening_wrap, warn_exposed
-from multifd.plugins import Compressor, Settings, Spec, select
+from multifd.observers import BACK, IN, OUT, Observers, Watch
+from multifd.plugins import AUTO, Compressor, Settings, Spec, select, settle
 from multifd.ram import packet_buffer, part, zero_indexes
 from multifd.recv import Codecs, Decoder, identify, read_packet
 from multifd.send import Encoder
@@ -101,6 +102,7 @@ class _Plan:
     channels: int | None
     drop_switchover_start: bool
     find_zero_pages: bool
+    observers: Observers
 
 
 @dataclass(slots=True)
@@ -114,13 +116,15 @@ class _Leg:
     decoder: Decoder
     #: Who makes the payloads that leave: somebody who encodes, or nobody.
     out: Encoder | Passage
+    came: Watch
+    went: Watch
+    seconds: dict[str, float]
     packets: int = 0
     normal_pages: int = 0
     zero_pages: int = 0
     syncs: int = 0
     ended: bool = False
     methods: set[int] = field(default_factory=set)
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
     def lap(self, stage: str, since: float) -> float:
         """Count the time since then to a stage; returns now."""
@@ -189,6 +193,8 @@ class _Migration:
         self._sync_points = 0
         self._source_ended = False
         self._over = False
+        self._observed = ExitStack()
+        self._observed.enter_context(plan.observers.migration(IN, OUT))
 
     def take(self, connection: SocketConnection) -> bool:
         """A connection from the source; False where this migration is over."""
@@ -209,9 +215,10 @@ class _Migration:
         for thread in self._threads:  # the last ones may still start another
             thread.join()
         try:
-            if self.error is not None:
-                raise self.error
-            return self._result()
+            with self._observed:
+                if self.error is not None:
+                    raise self.error
+                return self._result()
         except BaseException:
             for connection in self._connections:
                 connection.reset()
@@ -317,15 +324,19 @@ class _Migration:
                 return None
             page_size = self._parser.page_size
         destination = self._connect()
-        destination.write([InitPacket(self._plan.uuid or init.uuid, init.id).pack()])
+        there = InitPacket(self._plan.uuid or init.uuid, init.id)
+        destination.write([there.pack()])
+        seconds = dict.fromkeys(STAGES, 0.0)
+        came = self._plan.observers.watch(IN, init, ("wait", "decode"), seconds)
+        went = self._plan.observers.watch(OUT, there, ("encode", "write"), seconds)
         out: Encoder | Passage
         if self._plan.to is None:
-            out = Passage(connection, destination)
+            out = Passage(came.tee(connection), destination)
         else:
             compressor, settings = self._plan.to
             out = Encoder(compressor, compressor.channel(init.id, page_size, settings))
-        decoder = Decoder(init.id, connection, self._plan.codecs)
-        leg = _Leg(init.id, connection, destination, page_size, decoder, out)
+        decoder = Decoder(init.id, came.tee(connection), self._plan.codecs)
+        leg = _Leg(init.id, connection, destination, page_size, decoder, out, came, went, seconds)
         with self._changed:
             self._legs[init.id] = leg
         return leg
@@ -361,11 +372,13 @@ class _Migration:
         self._spawn(lambda: self._pass_answers(source, destination))
         data = MAGIC.pack(VM_FILE_MAGIC)
         while data:
+            self._plan.observers.main(IN, data)
             passed = self._watch(data)
             try:
                 destination.write([passed])
             except Lost as lost:
                 raise self._gone() from lost
+            self._plan.observers.main(OUT, passed)
             data = source.read_some(MAIN_READ)
         self._source_ended = True
         destination.finish()  # it closes in its turn, when it is done
@@ -427,6 +440,7 @@ class _Migration:
                 source.write([data])
             except Lost as lost:
                 raise PeerError(INCOMPLETE) from lost
+            self._plan.observers.main(BACK, data)
         if self._source_is_well() and not self._parser.complete:
             raise self._gone()
         self.stop()
@@ -459,6 +473,8 @@ class _Migration:
         header = bytearray(header_length(leg.page_size))
         head = memoryview(header)
         room = memoryview(b"" if isinstance(leg.out, Passage) else packet_buffer())
+        leg.came.begin(leg.page_size)
+        leg.went.begin(leg.page_size)
         since = time.perf_counter()
         while True:
             try:
@@ -478,7 +494,7 @@ class _Migration:
                 leg.methods.add(packet.method)
             leg.syncs += packet.sync
             if isinstance(leg.out, Encoder):
-                since = self._recode(leg, leg.out, packet, room, since)
+                since = self._recode(leg, leg.out, packet, head, room, since)
                 continue
             if packet.next_packet_size > MAX_PAYLOAD:
                 raise PeerError(f"packet {packet.packet_num}: a payload of {packet.next_packet_size} bytes is too long")
@@ -486,8 +502,13 @@ class _Migration:
             waited = leg.out.pass_on(packet.next_packet_size)
             leg.seconds["wait"] += waited
             since = leg.lap("write", since + waited)
+            payload = leg.came.payload()
+            since = leg.came.packet(packet, head) or since
+            since = leg.went.packet(packet, head, payload) or since
 
-    def _recode(self, leg: _Leg, encoder: Encoder, packet: RamPacket, buffer: memoryview, since: float) -> float:
+    def _recode(
+        self, leg: _Leg, encoder: Encoder, packet: RamPacket, head: memoryview, buffer: memoryview, since: float
+    ) -> float:
         assert self._plan.to is not None
         payload: Sequence[Buffer] = ()
         if packet.normal:
@@ -496,6 +517,7 @@ class _Migration:
             pages = buffer[: count * size]
             leg.decoder.decode(packet, pages, size)
             since = leg.lap("decode", since)
+            since = leg.came.packet(packet, head) or since
             pages = pages.toreadonly()
             runs: Sequence[tuple[int, int]] = [(0, count)]
             if self._plan.find_zero_pages and (found := zero_indexes(pages, size)):
@@ -506,10 +528,14 @@ class _Migration:
             if runs:
                 payload = encoder.encode([pages[first * size : end * size] for first, end in runs])
             since = leg.lap("encode", since)
-        method = self._plan.to[0].facts.flag
+        else:
+            since = leg.came.packet(packet, head) or since
+        method = self._plan.to[0].facts.flag if packet.normal or packet.zero else 0
         packet = replace(packet, method=method, next_packet_size=sum(map(len, payload)))
-        leg.destination.write([packet.pack(leg.page_size), *payload])
-        return leg.lap("write", since)
+        header = packet.pack(leg.page_size)
+        leg.destination.write([header, *payload])
+        since = leg.lap("write", since)
+        return leg.went.packet(packet, header, payload) or since
 
     def counters(self) -> dict[Sample, float]:
         """What went through so far; the main channel has no method."""
@@ -583,20 +609,23 @@ class Relay:
         listen_tls_creds: str | Path | None = None,
         connect_tls_creds: str | Path | None = None,
         connect_tls_hostname: str | None = None,
+        observe: Sequence[str] = (),
         timeout: float = DEFAULT_TIMEOUT,
     ) -> None:
         """`listen` and `to_uri` are `tcp:HOST:PORT` or `unix:PATH`.
 
         `source` names the compressor that reads the packets (each says its own method unless
-        given), `to` the one that writes them, `NAME[,key=value...]`: where there is none, or both
-        are the same, payloads pass unread.  `uuid` replaces the guest's, 16 bytes;
-        `channels` is the most that a source may use.  `drop_switchover_start` takes out a command that
-        destinations before 10.0 refuse; `find_zero_pages` looks for zero pages that the source
-        sent as normal ones, for destinations of 9.0 and newer with fresh memory.
-        `listen_tls_creds` and `connect_tls_creds` are directories of certificates as
-        `multifd.tls` wants them, for either leg, plain without; `connect_tls_hostname` is what the
-        destination's has to name where that is not `to_uri`'s host.  `timeout`, in seconds, is how
-        long nothing may move while somebody waits.
+        given), `to` the one that writes them, `NAME[,key=value...]`, or
+        `auto[,accepts=METHOD+METHOD...]` for the best one here of the methods that the destination
+        accepts: where there is none, or both are the same, payloads pass unread.
+        `uuid` replaces the guest's, 16 bytes; `channels` is the most that a source may use.
+        `drop_switchover_start` takes out a command that destinations before 10.0 refuse;
+        `find_zero_pages` looks for zero pages that the source sent as normal ones, for destinations of 9.0
+        and newer with fresh memory.  `listen_tls_creds` and `connect_tls_creds` are directories of
+        certificates as `multifd.tls` wants them, for either leg, plain without; `connect_tls_hostname` is
+        what the destination's has to name where that is not `to_uri`'s host.  `timeout`, in seconds, is how
+        long nothing may move while somebody waits.  `observe` are those that look on, each `NAME[=ARG]`
+        (`multifd.observers`): at what came from the source and at what went to the destination.
         Raises UsageError, CallerError, CompressorError, HostError.
         """
         target = Uri.parse(to_uri)
@@ -609,11 +638,14 @@ class Relay:
                 "zero pages can only be looked for where payloads are read: name a compressor to write with (--to)"
             )
         chosen = None
-        if to is not None and (to != source or find_zero_pages):
-            chosen = select(Spec.parse(to), sending=True)
+        if to is not None and (to != source or to == AUTO or find_zero_pages):
+            chosen = select(settle(Spec.parse(to), bytes), sending=True)
         wrap = connecting_wrap(connect_tls_creds, connect_tls_hostname, target)
         codecs = Codecs(Spec.parse(source) if source else None)
-        self._plan = _Plan(target, wrap, codecs, chosen, uuid, channels, drop_switchover_start, find_zero_pages)
+        observers = Observers(observe)
+        self._plan = _Plan(
+            target, wrap, codecs, chosen, uuid, channels, drop_switchover_start, find_zero_pages, observers
+        )
         self._timeout = timeout
         self._changed = threading.Condition()
         # Guarded by the condition:

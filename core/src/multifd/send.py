@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from multifd.errors import CompressorError, HostError, MultifdError
 from multifd.flags import MAX_PAYLOAD
 from multifd.hookspecs import Channel
+from multifd.observers import Watch
 from multifd.plugins import HOOK_ERRORS, Compressor, Settings
 from multifd.ram import Block, packet_buffer, part, zero_indexes
 from multifd.transport import Connection
@@ -90,6 +91,7 @@ class _SendChannel:
     id: int
     connection: Connection
     encoder: Encoder
+    watch: Watch
     buffer: memoryview = field(default_factory=lambda: memoryview(packet_buffer()))
     pages: memoryview = field(init=False)
     synced: int = 0
@@ -110,7 +112,7 @@ class SendChannels:
 
     def __init__(
         self,
-        connections: Sequence[Connection],
+        connections: Sequence[tuple[Connection, Watch]],
         compressor: Compressor,
         settings: Settings,
         page_size: int,
@@ -120,8 +122,10 @@ class SendChannels:
         self._page_size = page_size
         self._zero_pages = zero_pages
         self._channels = [
-            _SendChannel(number, connection, Encoder(compressor, compressor.channel(number, page_size, settings)))
-            for number, connection in enumerate(connections)
+            _SendChannel(
+                number, connection, Encoder(compressor, compressor.channel(number, page_size, settings)), watch
+            )
+            for number, (connection, watch) in enumerate(connections)
         ]
         self._packet_num = itertools.count()
         self._next_batch = threading.Lock()
@@ -205,6 +209,7 @@ class SendChannels:
     def _run(self, channel: _SendChannel) -> None:
         try:
             channel.encoder.set_up()
+            channel.watch.begin(self._page_size)
             while self._wait_for_epoch(channel):
                 while (batch := self._take()) is not None:
                     self._send(channel, batch)
@@ -227,8 +232,12 @@ class SendChannels:
             return None if self._over else next(self._batches, None)
 
     def _send_sync(self, channel: _SendChannel) -> None:
-        header = RamPacket(sync=True, packet_num=next(self._packet_num)).pack(self._page_size)
+        packet = RamPacket(sync=True, packet_num=next(self._packet_num))
+        header = packet.pack(self._page_size)
+        channel.watch.lap("wait")
         channel.connection.write([header])
+        channel.watch.lap("write")
+        channel.watch.packet(packet, header, ())
         channel.packets += 1
         with self._changed:
             channel.synced += 1
@@ -242,7 +251,7 @@ class SendChannels:
         if batch.hole:
             indexes = range(count)
         else:
-            _read(batch, channel.buffer)
+            read_batch(batch, channel.buffer)
             if self._zero_pages != "none":
                 indexes = zero_indexes(channel.pages[: batch.length], size)
         channel.normal_pages += count - len(indexes)
@@ -255,20 +264,25 @@ class SendChannels:
             zero = ()
         if not runs and not zero:
             return
+        channel.watch.lap("wait")
         payload = channel.encoder.encode([channel.pages[a * size : b * size] for a, b in runs]) if runs else ()
-        header = RamPacket(
+        channel.watch.lap("encode")
+        packet = RamPacket(
             method=self._compressor.facts.flag,
             packet_num=next(self._packet_num),
             ramblock=batch.source.block.idstr,
             normal=normal,
             zero=zero,
             next_packet_size=sum(map(len, payload)),
-        ).pack(size)
+        )
+        header = packet.pack(size)
         channel.connection.write([header, *payload])
+        channel.watch.lap("write")
+        channel.watch.packet(packet, header, payload)
         channel.packets += 1
 
 
-def _read(batch: Batch, buffer: memoryview) -> None:
+def read_batch(batch: Batch, buffer: memoryview) -> None:
     """Read, not map: a mapped file that shrinks or fails kills the process with SIGBUS."""
     view = buffer[: batch.length]
     source = batch.source

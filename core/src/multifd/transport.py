@@ -102,7 +102,18 @@ class Silence:
             raise Stalled(f"{doing}: nothing came for {self.idle_timeout:g} s (--idle-timeout)")
 
 
-class Connection(Protocol):
+class Readable(Protocol):
+    """Where bytes come from."""
+
+    def read_into(self, view: memoryview, *, at_least: int | None = None, due: bool = False) -> int:
+        """Fill `view`, or at least so many bytes of it; returns how many.
+
+        `due` where the peer has begun something and has to go on.  Raises Ended where the stream
+        ends first.
+        """
+
+
+class Connection(Readable, Protocol):
     """A stream of bytes with one peer: a socket, or a recorded file that is only read."""
 
     name: str
@@ -111,13 +122,6 @@ class Connection(Protocol):
 
     def read_first(self, view: memoryview, deadline: float) -> int:
         """Fill `view` before `deadline` (monotonic); how many bytes came before the end."""
-
-    def read_into(self, view: memoryview, *, at_least: int | None = None, due: bool = False) -> int:
-        """Fill `view`, or at least so many bytes of it; returns how many.
-
-        `due` where the peer has begun something and has to go on.  Raises Ended where the stream
-        ends first.
-        """
 
     def read_some(self, limit: int, *, due: bool = False) -> bytes:
         """At least one byte, at most `limit`; empty at the end of the stream."""
@@ -326,7 +330,7 @@ class Passage:
     quarter less CPU time.  What is encrypted on either side goes through a buffer.
     """
 
-    def __init__(self, source: Connection, destination: Connection) -> None:
+    def __init__(self, source: Readable, destination: Connection) -> None:
         self._pipe: tuple[int, ...] = ()
         if type(source) is SocketConnection and type(destination) is SocketConnection:
             self._pipe = way_out, way_in = os.pipe()
