@@ -18,7 +18,7 @@ LAYERS = [
     {"ram", "transport"},
     {"hookspecs", "stream", "snapshot", "tls"},
     {"nocomp", "plugins"},
-    {"observers"},
+    {"observers", "effort"},
     {"stats", "trace", "record"},
     {"send", "recv"},
     {"qmp"},
@@ -32,7 +32,7 @@ LAYERS = [
 ROOMS = {
     "socket": {"transport"},
     "ssl": {"tls"},
-    "threading": {"tls", "observers", "send", "recv", "migrate", "relay", "metrics"},
+    "threading": {"tls", "observers", "effort", "send", "recv", "migrate", "relay", "metrics"},
     "pluggy": {"hookspecs", "plugins", "observers"},
 }
 

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import guest
 import peers
 import qatdriver
 from multifd import migrate
+from multifd.effort import Effort, Rung
 from multifd.errors import MultifdError, PeerError
 from multifd.inspect import inspect
 from multifd.snapshot import open_source
@@ -110,6 +111,33 @@ def test_relay(start: Start, work: Path, source_release: str, target_release: st
         result = relaying.result()
     assert target.ram.read_bytes() == content()
     assert (result.confirmed, result.channels, result.source, result.destination) == (True, channels, method, to)
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("method", ["zlib", "zstd"])
+def test_qemu_takes_levels_that_change(
+    start: Start, work: Path, monkeypatch: pytest.MonkeyPatch, release: str, method: str
+) -> None:
+    """Another one for each packet, which no link would choose."""
+    turns = itertools.count()
+    choose = Effort.choose
+
+    def another(self: Effort, pages: Sequence[memoryview], page_size: int) -> Rung:
+        choose(self, pages, page_size)
+        return self.rungs[next(turns) % len(self.rungs)]
+
+    monkeypatch.setattr(Effort, "choose", another)
+    source, target = start(release, "source"), start(release, "target", incoming=True)
+    source.fill(content())
+    source.prepare(channels=2, return_path=True)
+    target.prepare(channels=2, method=method)
+    with closing(Relaying(target.listen(f"unix:{work}/there"), to=f"{method},level=adaptive")) as relaying:
+        source.monitor.command("migrate", uri=relaying.uri)
+        source.wait("completed")
+        target.wait("completed")
+        result = relaying.result()
+    assert target.ram.read_bytes() == content()
+    assert len(result.statistics) > 2, "several levels"
 
 
 OTHER_UUID = "00000000-1111-2222-3333-444444444444"

@@ -52,6 +52,8 @@ class Facts:
     `name` is the entry point's name: the method's, or METHOD-suffix.  `flag` is the method's
     number in the compression field: QEMU's for its methods, 27..31 for third parties.
     `levels` is the range of levels the sending side takes, None where there is no level.
+    `ladder` are levels that may follow each other on one channel while it runs, for `level=adaptive`,
+    the fastest first, which stores and need not be one of `levels`; empty where there can be none.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Facts:
     default_level: int | None = None
     options: tuple[Option, ...] = ()
     api_version: int = API_VERSION
+    ladder: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,9 @@ class Channel:
 
     `id` is the channel's number from 0, `page_size` in bytes.  `level` and `options` are the
     sender's settings, checked against the facts; receiving, `level` is None and `options` hold
-    their defaults unless given.  `compress_data` is the compressor's own, None at set-up.
+    their defaults unless given.  Where `live`, core may set another level of the ladder before any
+    packet, and the compressor leaves the level there that it used, if its stream cannot change
+    at once.  `compress_data` is the compressor's own, None at set-up.
     `next_packet_size` is the length in bytes of the payload `recv` has to read.  `counts` is the
     compressor's to fill: packets by the way they took; core adds up the channels' for the result.
     """
@@ -101,6 +106,7 @@ class Channel:
     compress_data: Any = None
     next_packet_size: int = 0
     counts: dict[str, int] = field(default_factory=dict)
+    live: bool = False
     _read_into: Callable[[memoryview], None] | None = None
 
     def bind(self, read_into: Callable[[memoryview], None]) -> None:

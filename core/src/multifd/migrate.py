@@ -22,10 +22,11 @@ from functools import partial
 from pathlib import Path
 
 from multifd import qmp as qmp_driver
+from multifd.effort import Choice
 from multifd.errors import CallerError, HostError, MultifdError, PeerError, UsageError
 from multifd.flags import PACKET_SIZE, VM_FILE_MAGIC, Command
 from multifd.observers import BACK, IN, OUT, Observers, Watch
-from multifd.plugins import Spec, select, settle
+from multifd.plugins import ADAPTIVE, Spec
 from multifd.qmp import THEN
 from multifd.ram import Block, packet_buffer, runs, without, zero_indexes
 from multifd.recv import Codecs, Memory, RecvChannels, identify
@@ -207,14 +208,17 @@ def send(
     if zero_pages not in ZERO_PAGES or sync not in SYNC_MODES:
         raise UsageError(f"zero_pages {zero_pages!r} or sync {sync!r} is none of {ZERO_PAGES}, {SYNC_MODES}")
     wrap = connecting_wrap(tls_creds, tls_hostname, target)
-    spec = settle(Spec.parse(compressor), partial(_sample, source), source.page_size)
-    chosen, settings = select(spec, sending=True)
+    choice = Choice.parse(compressor, partial(_sample, source), source.page_size)
+    if qmp is not None and len(choice.flags) > 1:
+        raise UsageError(
+            f"QEMU takes packets of one method: {ADAPTIVE} is between multifd's own ends; name a compressor"
+        )
     observers = Observers(observe)
     with ExitStack() as cleanup:
         cleanup.enter_context(observers.migration(OUT))
         driver = None
         if qmp is not None:
-            driver = qmp_driver.Destination(qmp, channels=channels, method=chosen.facts.method, timeout=timeout)
+            driver = qmp_driver.Destination(qmp, channels=channels, method=choice.method, timeout=timeout)
             cleanup.enter_context(driver)
             uuid = uuid or driver.uuid
         files = [_open_block(item.block, item.path, cleanup) for item in source.blocks]
@@ -248,7 +252,7 @@ def send(
                 init = InitPacket(uuid or source.uuid, number)
                 connections.append((connection, observers.watch(OUT, init, ("wait", "encode", "write"))))
                 connection.write([init.pack()])
-            engine = SendChannels(connections, chosen, settings, source.page_size, zero_pages)
+            engine = SendChannels(connections, choice, source.page_size, zero_pages)
             cleanup.callback(engine.stop)
             if on_progress is not None:
                 cleanup.enter_context(_every(0.5, partial(report, on_progress)))
@@ -258,7 +262,7 @@ def send(
                 driver.wait()
         except (Lost, Stalled, _Refused) as error:
             told: MultifdError = PeerError(
-                f"{error}: the destination's own message says why.  Here: compressor {spec}, "
+                f"{error}: the destination's own message says why.  Here: compressor {choice.name}, "
                 f"{_counted(channels, 'channel')}, page size {source.page_size}; all three must fit over there"
             )
             raise (driver.explain(told) if driver is not None else told) from error
@@ -273,7 +277,7 @@ def send(
             pages * source.page_size,
             packets,
             channels,
-            chosen.name,
+            choice.name,
             engine.statistics,
         )
 

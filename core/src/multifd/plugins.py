@@ -34,10 +34,14 @@ OURS = {
 }
 #: Chooses the best available compressor where memory is sent; takes whatever comes where it is received.
 AUTO = "auto"
+#: Chooses among all of them, packet by packet; likewise.
+ADAPTIVE = "adaptive"
 RESERVED = {
     AUTO: "choosing the compressor, where memory is sent",
-    "adaptive": "choosing the compressor packet by packet, which this version cannot do",
+    ADAPTIVE: "choosing the compressor packet by packet, where memory is sent",
 }
+#: What a level may be instead of a number: found out while it runs, again and again or once.
+EFFORTS = ("adaptive", "auto")
 #: Names what is to be left out, parted by commas: a distribution, or else a plugin.  Children inherit it.
 DISABLE = "MULTIFD_DISABLE"
 #: Seconds a probe in a child process may take before it counts as hanging.
@@ -264,6 +268,8 @@ class Compressor:
             )
         if facts.levels is not None and facts.default_level not in facts.levels:
             raise CompressorError(f"{self}: default level {facts.default_level} is not one of its levels")
+        if len(facts.ladder) == 1 or (facts.ladder and facts.levels is None):
+            raise CompressorError(f"{self}: a ladder of {facts.ladder} is no choice of levels")
         return facts
 
     def probe(self, settings: Settings) -> Probe:
@@ -291,9 +297,9 @@ class Compressor:
 
         return min(once() for _ in range(2))  # the first one warms up
 
-    def channel(self, number: int, page_size: int, settings: Settings) -> Channel:
-        """A fresh channel for this compressor's hooks."""
-        return Channel(number, page_size, settings.level, settings.options)
+    def channel(self, number: int, page_size: int, settings: Settings, *, live: bool = False) -> Channel:
+        """A fresh channel for this compressor's hooks; `live` where its level may change."""
+        return Channel(number, page_size, settings.level, settings.options, live=live)
 
     def settings(self, given: Mapping[str, str], *, sending: bool) -> Settings:
         """Check settings against the facts.
@@ -302,7 +308,11 @@ class Compressor:
         """
         options: dict[str, OptionValue] = {option.name: option.default for option in self.facts.options}
         level = self.facts.default_level if sending else None
+        effort = ""
         for key, text in given.items():
+            if key == "level" and text in EFFORTS and self.facts.ladder:
+                effort = text if sending else ""
+                continue
             if key == "level":
                 wanted = self._level(text)
                 level = wanted if sending else None
@@ -311,7 +321,7 @@ class Compressor:
                 known = ", ".join([*(["level"] if self.facts.levels else []), *options]) or "none"
                 raise UsageError(f"{self.name} has no option {key!r}; it has: {known}")
             options[key] = self._option(key, options[key], text)
-        return Settings(level, options)
+        return Settings(level, options, effort)
 
     def _level(self, text: str) -> int:
         levels = self.facts.levels
@@ -320,7 +330,8 @@ class Compressor:
         try:
             level = int(text)
         except ValueError:
-            raise UsageError(f"{self.name}: level {text!r} is not a number") from None
+            words = f", {' or '.join(EFFORTS)}" if self.facts.ladder else ""
+            raise UsageError(f"{self.name}: level {text!r} is not a number{words}") from None
         if level not in levels:
             raise UsageError(f"{self.name}: level {level} is outside {levels.start}..{levels.stop - 1}")
         return level
@@ -339,10 +350,14 @@ class Compressor:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """A compressor's settings, checked: the level (None where there is none) and all options."""
+    """A compressor's settings, checked: the level (None where there is none) and all options.
+
+    `effort` says who chooses the level while it runs: one of EFFORTS, empty for nobody.
+    """
 
     level: int | None
     options: Mapping[str, OptionValue]
+    effort: str = ""
 
 
 def describe(error: BaseException) -> str:
@@ -406,13 +421,27 @@ def settle(spec: Spec, sample: Callable[[], bytes], page_size: int = DEFAULT_PAG
 
     Raises as `best`, UsageError for another setting.
     """
-    if spec.name != AUTO:
-        return spec
+    return Spec(best(sample(), page_size, accepted(spec))) if spec.name == AUTO else spec
+
+
+def accepted(spec: Spec) -> Collection[str] | None:
+    """The methods of `auto` and `adaptive` that the peer accepts; None for all.  Raises UsageError."""
     settings = dict(spec.settings)
     methods = settings.pop("accepts", None)
     if settings:
-        raise UsageError(f"{AUTO} has no option {next(iter(settings))!r}; it has: accepts=METHOD+METHOD...")
-    return Spec(best(sample(), page_size, methods.split("+") if methods is not None else None))
+        raise UsageError(f"{spec.name} has no option {next(iter(settings))!r}; it has: accepts=METHOD+METHOD...")
+    return methods.split("+") if methods is not None else None
+
+
+def names_accepted(methods: Collection[str] | None) -> list[str]:
+    """The installed compressors of these methods, or all.  Raises UsageError for a method nobody has."""
+    if methods is None:
+        return names()
+    by_method = {method: names_of_method(method) for method in methods}
+    for method, of_method in by_method.items():
+        if method not in METHODS and not of_method:
+            raise UsageError(f"there is no method {method!r}; installed: {', '.join(names())}")
+    return sorted(set().union(*by_method.values()))
 
 
 def best(sample: bytes, page_size: int = DEFAULT_PAGE_SIZE, methods: Collection[str] | None = None) -> str:
@@ -422,14 +451,7 @@ def best(sample: bytes, page_size: int = DEFAULT_PAGE_SIZE, methods: Collection[
     `methods` are those that the peer accepts, None for all.  An empty sample stands for some
     memory or other.  Raises HostError where none works here, UsageError for a method nobody has.
     """
-    found = names()
-    if methods is not None:
-        by_method = {method: names_of_method(method) for method in methods}
-        for method, of_method in by_method.items():
-            if method not in METHODS and not of_method:
-                raise UsageError(f"{AUTO}: there is no method {method!r}; installed: {', '.join(found)}")
-        found = sorted(set().union(*by_method.values()))
-    rows = probe_all(found, sample=sample or _own_sample(), page_size=page_size)
+    rows = probe_all(names_accepted(methods), sample=sample or _own_sample(), page_size=page_size)
     rows = [row for row in rows if methods is None or row["method"] in methods]
     working = [row for row in rows if row["available"]]
     if not working:
@@ -559,6 +581,7 @@ def _empty_row(name: str, found: Iterable[Provider]) -> dict[str, Any]:
         "summary": "",
         "levels": None,
         "default_level": None,
+        "ladder": [],
     }
 
 
@@ -626,6 +649,7 @@ def _row(name: str, sample: bytes, page_size: int) -> dict[str, Any]:
             "summary": facts.summary,
             "levels": [facts.levels.start, facts.levels.stop - 1] if facts.levels is not None else None,
             "default_level": facts.default_level,
+            "ladder": list(facts.ladder),
         }
         settings = compressor.settings({}, sending=True)
         probe = compressor.probe(settings)

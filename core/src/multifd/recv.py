@@ -18,7 +18,7 @@ from multifd.errors import MultifdError, PeerError
 from multifd.flags import MAX_PAYLOAD, MULTIFD_MAGIC, VM_FILE_MAGIC, method_name
 from multifd.hookspecs import Channel
 from multifd.observers import IN, UNWATCHED, Observers, Watch
-from multifd.plugins import AUTO, HOOK_ERRORS, Compressor, Settings, Spec, names, select, select_for_flag
+from multifd.plugins import HOOK_ERRORS, RESERVED, Compressor, Settings, Spec, names, select, select_for_flag
 from multifd.ram import Block, check_packet, packet_buffer, runs
 from multifd.transport import Connection, Ended, Readable, RecordedConnection, Silence
 from multifd.wire import INIT, MAGIC, PREFIX, InitPacket, RamPacket, header_length, is_device_state
@@ -51,7 +51,7 @@ class Codecs:
         self._lock = threading.Lock()
         self._loaded: dict[int, tuple[Compressor, Settings]] = {}
         self._expected = None
-        if spec is None or spec.name == AUTO:
+        if spec is None or spec.name in RESERVED:
             names()  # read what is installed now, while nobody waits
         else:
             compressor, settings = select(spec, sending=False)

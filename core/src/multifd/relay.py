@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import NamedTuple, Self
 from uuid import UUID
 
+from multifd.effort import Choice, Effort
 from multifd.errors import HostError, MultifdError, PeerError, UsageError
 from multifd.flags import MAX_PAYLOAD, VM_FILE_MAGIC, Command, method_name
 from multifd.migrate import DEFAULT_TIMEOUT, MAIN_READ, connecting_wrap, listening_wrap, warn_exposed
 from multifd.observers import BACK, IN, OUT, Observers, Watch
-from multifd.plugins import AUTO, Compressor, Settings, Spec, select, settle
+from multifd.plugins import RESERVED, Spec
 from multifd.ram import packet_buffer, part, zero_indexes
 from multifd.recv import Codecs, Decoder, identify, read_packet
 from multifd.send import Encoder
@@ -97,7 +98,7 @@ class _Plan:
     target: Uri
     wrap: Wrap
     codecs: Codecs
-    to: tuple[Compressor, Settings] | None
+    to: Choice | None
     uuid: bytes | None
     channels: int | None
     drop_switchover_start: bool
@@ -172,6 +173,7 @@ class _Migration:
     def __init__(self, plan: _Plan, silence: Silence) -> None:
         self.error: BaseException | None = None
         self._plan = plan
+        self._effort = Effort(plan.to) if plan.to is not None else None
         self._silence = silence
         self._started = time.monotonic()
         self._machine = ""
@@ -330,11 +332,10 @@ class _Migration:
         came = self._plan.observers.watch(IN, init, ("wait", "decode"), seconds)
         went = self._plan.observers.watch(OUT, there, ("encode", "write"), seconds)
         out: Encoder | Passage
-        if self._plan.to is None:
+        if self._effort is None:
             out = Passage(came.tee(connection), destination)
         else:
-            compressor, settings = self._plan.to
-            out = Encoder(compressor, compressor.channel(init.id, page_size, settings))
+            out = Encoder(init.id, page_size, self._effort)
         decoder = Decoder(init.id, came.tee(connection), self._plan.codecs)
         leg = _Leg(init.id, connection, destination, page_size, decoder, out, came, went, seconds)
         with self._changed:
@@ -453,7 +454,7 @@ class _Migration:
             methods = set().union(*(leg.methods for leg in self._legs.values()))
             channels = len(self._ids)
         if self._plan.to is not None:
-            methods = {self._plan.to[0].facts.flag}
+            methods = self._plan.to.flags
         if uuid is not None:
             shown.append(f"VM uuid {UUID(bytes=uuid)}")
         if methods:
@@ -509,7 +510,6 @@ class _Migration:
     def _recode(
         self, leg: _Leg, encoder: Encoder, packet: RamPacket, head: memoryview, buffer: memoryview, since: float
     ) -> float:
-        assert self._plan.to is not None
         payload: Sequence[Buffer] = ()
         if packet.normal:
             size = leg.page_size
@@ -530,7 +530,7 @@ class _Migration:
             since = leg.lap("encode", since)
         else:
             since = leg.came.packet(packet, head) or since
-        method = self._plan.to[0].facts.flag if packet.normal or packet.zero else 0
+        method = encoder.flag if packet.normal or packet.zero else 0
         packet = replace(packet, method=method, next_packet_size=sum(map(len, payload)))
         header = packet.pack(leg.page_size)
         leg.destination.write([header, *payload])
@@ -543,7 +543,7 @@ class _Migration:
         with self._changed:
             legs = list(self._legs.values())
             source, destination = self._source, self._destination
-        to = self._plan.to[0].facts.method if self._plan.to is not None else None
+        to = self._plan.to.method if self._plan.to is not None else None
         for leg in legs:
             found |= leg.counters(to)
         if source is not None:
@@ -565,7 +565,7 @@ class _Migration:
                 raise self._gone(f"channel {leg.id}: {leg.syncs} of {self._sync_points} SYNCs came, then ")
         assert self._source is not None
         assert self._destination is not None
-        statistics: Counter[str] = Counter()
+        statistics = Counter(self._effort.used if self._effort is not None else {})
         for leg in legs:
             statistics.update({f"{way}, decoding": count for way, count in leg.decoder.statistics.items()})
             if isinstance(leg.out, Encoder):
@@ -582,7 +582,7 @@ class _Migration:
             zero_pages=sum(leg.zero_pages for leg in legs),
             channels=len(legs),
             source=came,
-            destination=self._plan.to[0].name if self._plan.to is not None else came,
+            destination=self._plan.to.name if self._plan.to is not None else came,
             confirmed=self._answers.shut == 0 if self._return_path else None,
             statistics=dict(statistics),
         )
@@ -637,14 +637,14 @@ class Relay:
             raise UsageError(
                 "zero pages can only be looked for where payloads are read: name a compressor to write with (--to)"
             )
-        chosen = None
-        if to is not None and (to != source or to == AUTO or find_zero_pages):
-            chosen = select(settle(Spec.parse(to), bytes), sending=True)
+        choice = None
+        if to is not None and (to != source or to in RESERVED or find_zero_pages):
+            choice = Choice.parse(to, bytes)
         wrap = connecting_wrap(connect_tls_creds, connect_tls_hostname, target)
         codecs = Codecs(Spec.parse(source) if source else None)
         observers = Observers(observe)
         self._plan = _Plan(
-            target, wrap, codecs, chosen, uuid, channels, drop_switchover_start, find_zero_pages, observers
+            target, wrap, codecs, choice, uuid, channels, drop_switchover_start, find_zero_pages, observers
         )
         self._timeout = timeout
         self._changed = threading.Condition()

@@ -11,15 +11,17 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from multifd.effort import Choice, Effort, Rung
 from multifd.errors import CompressorError, HostError, MultifdError
 from multifd.flags import MAX_PAYLOAD
 from multifd.hookspecs import Channel
 from multifd.observers import Watch
-from multifd.plugins import HOOK_ERRORS, Compressor, Settings
+from multifd.plugins import HOOK_ERRORS, Compressor
 from multifd.ram import Block, packet_buffer, part, zero_indexes
 from multifd.transport import Connection
 from multifd.wire import Buffer, RamPacket
@@ -47,41 +49,72 @@ class Batch:
 
 
 class Encoder:
-    """One channel's payloads, made by one compressor."""
+    """One channel's payloads, each made by the compressor and level that the effort says."""
 
-    def __init__(self, compressor: Compressor, view: Channel) -> None:
-        self._compressor = compressor
-        self._view = view
+    def __init__(self, number: int, page_size: int, effort: Effort) -> None:
+        effort.join()
+        self._number = number
+        self._page_size = page_size
+        self._effort = effort
+        self._views: dict[Compressor, Channel] = {}
+        #: The method's number of the last payload, or of the first.
+        self.flag = effort.now.compressor.facts.flag
 
     def set_up(self) -> None:
         """Raises CompressorError."""
-        try:
-            self._compressor.hook.multifd_send_setup(channel=self._view)
-        except HOOK_ERRORS as error:
-            raise self._compressor.failed("multifd_send_setup", error) from error
+        self._view(self._effort.now)
+
+    def _view(self, rung: Rung) -> Channel:
+        compressor = rung.compressor
+        if compressor not in self._views:
+            view = compressor.channel(self._number, self._page_size, rung.settings, live=self._effort.ladder)
+            self._views[compressor] = view
+            try:
+                compressor.hook.multifd_send_setup(channel=view)
+            except HOOK_ERRORS as error:
+                raise compressor.failed("multifd_send_setup", error) from error
+        return self._views[compressor]
 
     def encode(self, pages: Sequence[memoryview]) -> Sequence[Buffer]:
         """A packet's payload, valid until the next call.  Raises CompressorError."""
+        effort = self._effort
+        if not effort.ladder:
+            return self._encode(effort.now.compressor, self._view(effort.now), pages)
+        rung = effort.choose(pages, self._page_size)
+        view = self._view(rung)
+        view.level = rung.settings.level
+        started = time.perf_counter()
+        payload = self._encode(rung.compressor, view, pages)
+        seconds = time.perf_counter() - started
+        self.flag = rung.compressor.facts.flag
+        effort.note(rung.compressor, view.level, sum(map(len, pages)), sum(map(len, payload)), seconds)
+        return payload
+
+    def _encode(self, compressor: Compressor, view: Channel, pages: Sequence[memoryview]) -> Sequence[Buffer]:
         try:
-            payload: Sequence[Buffer] = self._compressor.hook.multifd_send_prepare(channel=self._view, pages=pages)
+            payload: Sequence[Buffer] = compressor.hook.multifd_send_prepare(channel=view, pages=pages)
             length = sum(map(len, payload))
         except HOOK_ERRORS as error:
-            raise self._compressor.failed("multifd_send_prepare", error) from error
+            raise compressor.failed("multifd_send_prepare", error) from error
         if not 0 < length <= MAX_PAYLOAD:
             raise CompressorError(
-                f"{self._compressor.name} made {length} bytes of {sum(map(len, pages))} bytes of pages; "
+                f"{compressor.name} made {length} bytes of {sum(map(len, pages))} bytes of pages; "
                 f"a payload has 1 to {MAX_PAYLOAD}"
             )
         return payload
 
     @property
-    def statistics(self) -> dict[str, int]:
-        """What the compressor counted."""
-        return self._view.counts
+    def statistics(self) -> Counter[str]:
+        """What the compressors counted."""
+        total: Counter[str] = Counter()
+        for view in self._views.values():
+            total.update(view.counts)
+        return total
 
     def close(self) -> None:
-        """Clean the compressor up."""
-        self._compressor.cleanup("send", self._view)
+        """Clean the compressors up."""
+        for compressor, view in self._views.items():
+            compressor.cleanup("send", view)
 
 
 @dataclass(slots=True)
@@ -113,18 +146,15 @@ class SendChannels:
     def __init__(
         self,
         connections: Sequence[tuple[Connection, Watch]],
-        compressor: Compressor,
-        settings: Settings,
+        choice: Choice,
         page_size: int,
         zero_pages: str,
     ) -> None:
-        self._compressor = compressor
+        self._effort = effort = Effort(choice)
         self._page_size = page_size
         self._zero_pages = zero_pages
         self._channels = [
-            _SendChannel(
-                number, connection, Encoder(compressor, compressor.channel(number, page_size, settings)), watch
-            )
+            _SendChannel(number, connection, Encoder(number, page_size, effort), watch)
             for number, (connection, watch) in enumerate(connections)
         ]
         self._packet_num = itertools.count()
@@ -155,8 +185,8 @@ class SendChannels:
 
     @property
     def statistics(self) -> dict[str, int]:
-        """What the compressor counted on all channels."""
-        total: Counter[str] = Counter()
+        """What the compressors counted on all channels, and what was chosen for how many packets."""
+        total = Counter(self._effort.used)
         for channel in self._channels:
             total.update(channel.encoder.statistics)
         return dict(total)
@@ -268,7 +298,7 @@ class SendChannels:
         payload = channel.encoder.encode([channel.pages[a * size : b * size] for a, b in runs]) if runs else ()
         channel.watch.lap("encode")
         packet = RamPacket(
-            method=self._compressor.facts.flag,
+            method=channel.encoder.flag,
             packet_num=next(self._packet_num),
             ramblock=batch.source.block.idstr,
             normal=normal,

@@ -29,6 +29,8 @@ except ImportError:
 #: libqatzip takes 10 to 12 at set-up and then fails to compress in software (1.2.0 to 2.0.0).
 LEVELS = range(1, 10)
 DEFAULT_LEVEL = 1
+#: Stores; ISA-L; ISA-L at a third of the speed; zlib.
+LADDER = (0, 1, 3, 6)
 ISAL_LEVELS = range(1, 4) if isal_zlib else range(0)
 RAW = -15
 MEMORY_LEVEL = 9
@@ -139,7 +141,7 @@ def read_payload(channel: Channel, buffer: memoryview, expected: int) -> tuple[m
 @hookimpl
 def multifd_compressor() -> Facts:
     summary = "QEMU's qatzip format in software, levels 1-9"
-    return Facts("qatzip-sw", "qatzip", METHODS["qatzip"], summary, LEVELS, DEFAULT_LEVEL)
+    return Facts("qatzip-sw", "qatzip", METHODS["qatzip"], summary, LEVELS, DEFAULT_LEVEL, ladder=LADDER)
 
 
 @hookimpl

@@ -40,15 +40,32 @@ EMPTY_FRAME = struct.pack("<II", 0x184D2A50, 0)
 TUNED = {1: {"window_log": 22, "hash_log": 15, "min_match": 6}}
 
 
+#: The first finds nothing in most memory and passes it on in raw blocks.
+LADDER = (-131072, -20, 1, 3, 6, 9)
+
+
 @dataclass(slots=True)
 class _Encoder:
-    compressor: Any
-    frame_length: int
+    level: int
+    live: bool
+    compressor: Any = None
     frame: Any = None
+    frame_length: int = 0
     room: int = 0
 
-    def compress(self, data: Buffer) -> list[Buffer]:
+    def _set_up(self, level: int) -> None:
+        tuned = TUNED.get(level, {})
+        parameters = zstandard.ZstdCompressionParameters.from_level(
+            level, write_content_size=False, write_checksum=False, **tuned
+        )
+        self.level = level
+        self.compressor = zstandard.ZstdCompressor(compression_params=parameters)
+        self.frame_length = 1 << parameters.window_log if tuned or self.live else sys.maxsize
+
+    def compress(self, data: Buffer, level: int) -> list[Buffer]:
         if self.frame is None:
+            if self.compressor is None or level != self.level:
+                self._set_up(level)
             self.frame = self.compressor.compressobj()
             self.room = self.frame_length
         frame = self.frame
@@ -62,7 +79,9 @@ class _Encoder:
 
 @hookimpl
 def multifd_compressor() -> Facts:
-    return Facts("zstd", "zstd", METHODS["zstd"], "Zstandard, levels 1-20 and negative", range(-131072, 21), 1)
+    return Facts(
+        "zstd", "zstd", METHODS["zstd"], "Zstandard, levels 1-20 and negative", range(-131072, 21), 1, ladder=LADDER
+    )
 
 
 @hookimpl
@@ -75,20 +94,19 @@ def multifd_probe() -> Probe:
 
 @hookimpl
 def multifd_send_setup(channel: Channel) -> None:
-    level = 1 if channel.level is None else channel.level
-    tuned = TUNED.get(level, {})
-    parameters = zstandard.ZstdCompressionParameters.from_level(
-        level, write_content_size=False, write_checksum=False, **tuned
-    )
-    compressor = zstandard.ZstdCompressor(compression_params=parameters)
-    channel.compress_data = _Encoder(compressor, 1 << parameters.window_log if tuned else sys.maxsize)
+    channel.compress_data = _Encoder(1 if channel.level is None else channel.level, channel.live)
 
 
 @hookimpl
 def multifd_send_prepare(channel: Channel, pages: Sequence[memoryview]) -> Sequence[Buffer]:
     encoder: _Encoder = channel.compress_data
     # One call per packet: each gives up the interpreter and has to win it back.
-    return encoder.compress(pages[0] if len(pages) == 1 else b"".join(pages))
+    data = pages[0] if len(pages) == 1 else b"".join(pages)
+    if not channel.live or channel.level is None:
+        return encoder.compress(data, encoder.level)
+    payload = encoder.compress(data, channel.level)
+    channel.level = encoder.level  # another one waits for the next frame
+    return payload
 
 
 @hookimpl

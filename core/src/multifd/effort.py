@@ -1,0 +1,298 @@
+"""How hard to compress, found out while it runs: harder while the link is what all wait for, else lighter.
+
+A choice is one way to compress, or a ladder of them, the first of which stores: the levels of one
+compressor (`zlib,level=adaptive`), or those of all that work here (`adaptive`, between multifd's own
+ends, where each packet says its method).  What each rung costs and saves is measured on the
+memory itself, a sample every few seconds; what the link carries, on the packets.  The rung is then
+the one with which the memory passes fastest:
+
+    bytes of pages per second = min(threads / seconds to encode a byte, link / payload per byte)
+
+A rung is left for one that promises a tenth more.  What it then really does is believed before what
+was expected: the other side may be busy with the pages and not with their bytes, or with the same
+processors.  `once` stays with the first choice.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from multifd.errors import HostError
+from multifd.flags import DEFAULT_PAGE_SIZE
+from multifd.plugins import (
+    ADAPTIVE,
+    AUTO,
+    Compressor,
+    Settings,
+    Spec,
+    accepted,
+    names_accepted,
+    probe_all,
+    select,
+    settle,
+)
+
+#: Seconds between two looks at the link, and at the memory.
+INTERVAL = 0.2
+REFRESH = 2.0
+#: Seconds after which a link that was not used up may carry more than it did, doubled each time.
+PATIENCE = 10.0
+#: What another rung has to promise, and by how much a rung's own rate changes where everything did.
+GAIN = 1.1
+SHIFT = 1.6
+#: Above this share of their time in the compressor the channels do not wait for the link.
+BUSY = 0.7
+#: Bytes of pages that every rung is measured on.
+SAMPLE = 64 * 1024
+#: A look at a packet takes so many of its bytes.  Of 256 random ones 162 differ, 6 more or less; of text about 50, of
+#: machine code about 110.
+LOOK = 256
+RANDOM = 145
+
+
+@dataclass(slots=True, eq=False)
+class Rung:
+    """One way to compress.
+
+    `seconds` of one thread per byte of pages, payload bytes per byte of pages: as measured.
+    """
+
+    compressor: Compressor
+    settings: Settings
+    seconds: float = 0.0
+    ratio: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What may compress, by its name on the command line; more than one is a ladder."""
+
+    name: str
+    ways: Sequence[tuple[Compressor, Settings]]
+    once: bool = False
+
+    @classmethod
+    def of(cls, compressor: Compressor, settings: Settings) -> Choice:
+        """One compressor, with the level that it was given or with all that it can change between."""
+        if not settings.effort:
+            return cls(compressor.name, [(compressor, settings)])
+        ladder = [(compressor, replace(settings, level=level, effort="")) for level in compressor.facts.ladder]
+        return cls(compressor.name, ladder, once=settings.effort == "auto")
+
+    @classmethod
+    def parse(cls, text: str, sample: Callable[[], bytes], page_size: int = DEFAULT_PAGE_SIZE) -> Choice:
+        """`NAME[,key=value...]`, `auto` or `adaptive`, the last two with `accepts=METHOD+METHOD...`.
+
+        `sample` is called for `auto`, and gives memory that is to be sent, or nothing.  Raises UsageError,
+        HostError, CompressorError.
+        """
+        spec = Spec.parse(text)
+        if spec.name != ADAPTIVE:
+            compressor, settings = select(settle(spec, sample, page_size), sending=True)
+            once = spec.name == AUTO and compressor.facts.ladder
+            return cls.of(compressor, replace(settings, effort="auto") if once else settings)
+        methods = accepted(spec)
+        rows = probe_all(names_accepted(methods))
+        found = [
+            cls.of(*select(_adaptive(row), sending=True)) for row in rows if row["available"] and not row["reason"]
+        ]
+        ways = sorted((way for choice in found for way in choice.ways), key=lambda way: way[0].facts.method != "none")
+        if not ways:
+            raise HostError(f"{ADAPTIVE}: no compressor that the peer accepts works here")
+        return cls(ADAPTIVE, ways)
+
+    @property
+    def method(self) -> str:
+        """The method that packets have, or this choice's name where they have several."""
+        methods = {compressor.facts.method for compressor, _ in self.ways}
+        return methods.pop() if len(methods) == 1 else self.name
+
+    @property
+    def flags(self) -> set[int]:
+        """The methods' numbers that packets may have."""
+        return {compressor.facts.flag for compressor, _ in self.ways}
+
+
+def _adaptive(row: Mapping[str, Any]) -> Spec:
+    return Spec(row["name"], {"level": "adaptive"} if row["ladder"] else {})
+
+
+@dataclass(slots=True)
+class _Interval:
+    """What passed since some time, and what of it with the rung at hand: the rest was stored, or chosen before."""
+
+    started: float
+    pages: int = 0
+    packets: int = 0
+    payload: int = 0
+    encode: float = 0.0
+    own_pages: int = 0
+    own_payload: int = 0
+    own_encode: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What a rung did: bytes of pages per second, and until when that is believed."""
+
+    rate: float
+    until: float
+
+
+class Effort:
+    """The rung at hand for all sending channels of one migration; any thread may call it."""
+
+    def __init__(self, choice: Choice, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.rungs = [Rung(compressor, settings) for compressor, settings in choice.ways]
+        #: Whether there is something to choose, and what was, for how many packets.
+        self.ladder = len(self.rungs) > 1
+        self.used: Counter[str] = Counter()
+        self._store = self._now = self.rungs[0]
+        self._once = choice.once
+        self._clock = clock
+        self._cores = len(os.sched_getaffinity(0))
+        self._lock = threading.Lock()
+        # Guarded by the lock:
+        self._channels = 0
+        self._settled = False
+        self._skip = False
+        self._begun = False
+        self._measured = -math.inf
+        self._interval = _Interval(math.inf)
+        self._link = math.inf
+        self._link_since = 0.0
+        self._patience = PATIENCE
+        self._slower = 1.0
+        self._larger = 1.0
+        self._seen: dict[Rung, _Seen] = {}
+
+    def join(self) -> None:
+        """One more channel."""
+        with self._lock:
+            self._channels += 1
+
+    @property
+    def now(self) -> Rung:
+        """The rung at hand."""
+        return self._now
+
+    def choose(self, pages: Sequence[memoryview], page_size: int) -> Rung:
+        """The rung for a packet: the first, which stores, where a look says that nothing would shrink."""
+        due = not self._settled and self._clock() - self._measured > REFRESH
+        if due and self._lock.acquire(blocking=False):
+            try:
+                self._measure(sample(pages, page_size), page_size)
+            finally:
+                self._lock.release()
+        return self._store if looks_random(pages) else self._now
+
+    def note(self, compressor: Compressor, level: int | None, pages: int, payload: int, encode: float) -> None:
+        """A packet is on its way: what made it, bytes of its pages and of its payload, seconds in the compressor."""
+        with self._lock:
+            now = self._clock()
+            interval = self._interval
+            interval.started = min(interval.started, now)
+            interval.pages += pages
+            interval.payload += payload
+            interval.encode += encode
+            rung = self._now
+            self.used[compressor.name if level is None else f"{compressor.name} level {level}"] += 1
+            if compressor is rung.compressor and level == rung.settings.level:
+                interval.packets += 1
+                interval.own_pages += pages
+                interval.own_payload += payload
+                interval.own_encode += encode
+            enough = interval.packets >= self._channels or rung is self._store
+            if now - interval.started >= INTERVAL and enough and not self._settled:
+                if self._skip:
+                    self._skip = False  # what was on its way when the rung changed
+                else:
+                    self._decide(now, interval)
+                self._interval = _Interval(now)
+
+    # --- locked ---
+
+    def _measure(self, data: bytes, page_size: int) -> None:
+        first = self._measured == -math.inf
+        for rung in self.rungs:
+            seconds, size = rung.compressor.measure(rung.settings, memoryview(data), page_size)
+            seconds, ratio = seconds / len(data), size / len(data)
+            # One sample is not all of the memory.
+            rung.seconds = seconds if first else (rung.seconds + seconds) / 2
+            rung.ratio = ratio if first else (rung.ratio + ratio) / 2
+        if first:
+            self.rungs = [self.rungs[0], *(rung for rung in self.rungs[1:] if not self._beaten(rung))]
+        self._measured = self._clock()
+
+    def _beaten(self, rung: Rung) -> bool:
+        """Whether another makes fewer bytes in less time."""
+        return any(
+            other.seconds < rung.seconds and other.ratio <= rung.ratio for other in self.rungs if other is not rung
+        )
+
+    def _decide(self, now: float, interval: _Interval) -> None:
+        current = self._now
+        elapsed = now - interval.started
+        rate = interval.pages / elapsed
+        wire = interval.payload / elapsed
+        busy = interval.encode / (self._channels * elapsed)
+        # By how much this machine at work and this memory differ from the measurement; storing tells nothing.
+        if current is not self._store and interval.own_pages:
+            self._slower = interval.own_encode / interval.own_pages / current.seconds
+            self._larger = interval.own_payload / interval.own_pages / current.ratio
+        if busy < BUSY:
+            if abs(wire - self._link) > self._link / 10:
+                self._patience = PATIENCE
+            self._link, self._link_since = wire, now
+        elif now - self._link_since > self._patience:
+            self._link, self._link_since = math.inf, now
+            self._patience *= 2
+        else:
+            self._link = max(self._link, wire)
+        known = self._seen.get(current)
+        if known is not None and not known.rate / SHIFT < rate < known.rate * SHIFT:
+            self._seen.clear()  # another link, or another memory
+        if self._begun:
+            self._seen[current] = _Seen(rate, now + self._patience)
+        self._begun = True  # at first the connections' buffers take more than the link
+        best = max(self.rungs, key=lambda rung: self._promise(rung, busy, now))
+        if best is not current and self._promise(best, busy, now) >= GAIN * rate:
+            self._now = best
+            self._skip = True
+        # Before that, the lightest was tried: nobody had used the link up.
+        self._settled = self._once and self._link != math.inf
+
+    def _promise(self, rung: Rung, busy: float, now: float) -> float:
+        """Bytes of pages per second: what it did lately, or else what is to be expected."""
+        seen = self._seen.get(rung)
+        if seen is not None and seen.until > now:
+            return seen.rate
+        seconds = rung.seconds * self._slower
+        # Measured while so many threads were at it; more of them than there are cores take turns.
+        crowd = max(1.0, busy * self._channels / self._cores)
+        encoding = min(self._channels, self._cores) / (seconds / crowd)
+        ratio = rung.ratio if rung is self._store else rung.ratio * self._larger
+        return min(encoding, self._link / ratio)
+
+
+def looks_random(pages: Sequence[memoryview]) -> bool:
+    """Whether a packet is of compressed or encrypted data, by a few bytes from all over its longest run."""
+    run = max(pages, key=len)
+    if len(run) < 8 * LOOK:
+        return False
+    step = len(run) // LOOK | 1  # odd: not the same place of every page
+    return len(set(run[::step])) > RANDOM
+
+
+def sample(pages: Sequence[memoryview], page_size: int) -> bytes:
+    """Up to SAMPLE bytes of a packet, in groups of four neighbours."""
+    found = [run[at : at + 4 * page_size] for run in pages for at in range(0, len(run), 4 * page_size)]
+    step = max(1, len(found) * 4 * page_size // SAMPLE)
+    return b"".join(found[::step])

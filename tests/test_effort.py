@@ -1,0 +1,197 @@
+"""The rung that is chosen: over a simulated link by a simulated clock, and in real streams."""
+
+from __future__ import annotations
+
+import heapq
+import os
+import random
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import peers
+import qatdriver
+import streams
+from multifd import migrate, plugins
+from multifd.effort import Choice, Effort, looks_random
+from multifd.errors import CompressorError, HostError, UsageError
+from multifd.plugins import Settings
+from multifd.snapshot import open_source
+from pairs import PAGE
+
+PACKET = 512 * 1024
+BUFFER = 1 << 20
+#: Seconds per byte in one thread, payload per byte: as zstd's levels on two slow cores.
+COSTS = {0: (1 / 4e9, 1.0), 1: (1 / 240e6, 0.28), 3: (1 / 150e6, 0.26), 6: (1 / 60e6, 0.24), 9: (1 / 38e6, 0.235)}
+
+
+class Simulated:
+    """A compressor of known costs."""
+
+    name = "simulated"
+
+    def measure(self, settings: Settings, data: memoryview, _: int) -> tuple[float, int]:
+        assert settings.level is not None
+        seconds, ratio = COSTS[settings.level]
+        return seconds * len(data), int(ratio * len(data))
+
+
+@dataclass
+class World:
+    """Channels that compress at the same time and share a link; a peer that takes pages at its own rate."""
+
+    link: float
+    channels: int = 2
+    peer: float = 1e12
+    now: float = 0.0
+    log: list[tuple[float, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        ways: Any = [(Simulated(), Settings(level, {})) for level in COSTS]
+        self.effort = Effort(Choice("simulated", ways), clock=lambda: self.now)
+        self._free = 0.0
+        self._due = [(0.0, channel) for channel in range(self.channels)]
+        for _ in self._due:
+            self.effort.join()
+
+    def run(self, until: float) -> float:
+        """Send packets until then; bytes of pages per second."""
+        page = [memoryview(bytes(PACKET))]
+        start, sent = self.now, 0
+        while self._due[0][0] < until:
+            self.now, channel = heapq.heappop(self._due)
+            rung = self.effort.choose(page, PAGE)
+            level = rung.settings.level
+            assert level is not None
+            seconds, ratio = COSTS[level]
+            self.log.append((self.now, level))
+            began, self.now = self.now, self.now + seconds * PACKET
+            self.effort.note(rung.compressor, level, PACKET, int(ratio * PACKET), self.now - began)
+            self._free = max(self._free, self.now) + max(ratio * PACKET / self.link, PACKET / self.peer)
+            room = self._free - BUFFER / self.link  # what the sockets hold is on its way
+            heapq.heappush(self._due, (max(self.now, room), channel))
+            sent += PACKET
+        return sent / (self.now - start)
+
+    def levels(self, since: float) -> set[int]:
+        return {level for at, level in self.log if at >= since}
+
+
+def best(link: float, channels: int = 2) -> float:
+    return max(min(channels / seconds, link / ratio) for seconds, ratio in COSTS.values())
+
+
+@pytest.fixture(autouse=True)
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+
+
+@pytest.mark.parametrize("link", [3e6, 12.5e6, 60e6, 125e6, 400e6, 1.25e9, 1e11])
+def test_a_constant_link_gives_a_constant_level(link: float) -> None:
+    """After two seconds it stays; what passes is within a tenth of the best level's."""
+    world = World(link)
+    world.run(2)
+    rate = world.run(9)
+    assert len(world.levels(2)) == 1, world.levels(2)
+    assert rate > 0.85 * best(link)
+
+
+def test_it_follows_a_link_that_changes() -> None:
+    world = World(12.5e6)
+    world.run(3)
+    assert min(world.levels(2)) >= 3
+    world.link = 1e11
+    world.run(20)
+    assert world.levels(19) == {0}
+    world.link = 12.5e6
+    world.run(24)
+    assert min(world.levels(23)) >= 3
+
+
+def test_a_peer_that_is_slow_with_the_pages_gets_no_harder_work() -> None:
+    """Bytes saved bring nothing where the destination's own work is what all wait for."""
+    world = World(1e11, peer=150e6)
+    world.run(2)
+    assert world.run(9) > 0.85 * 150e6
+    assert max(world.levels(2)) <= 1
+
+
+def test_a_packet_that_will_not_shrink_is_seen() -> None:
+    mix = random.Random(3)
+    noise = mix.randbytes(PACKET)
+    program = Path(sys.executable).read_bytes()[:PACKET]
+    text = (Path(random.__file__).read_bytes() * 20)[:PACKET]
+    assert looks_random([memoryview(noise)])
+    assert not looks_random([memoryview(program)])
+    assert not looks_random([memoryview(text)])
+    assert not looks_random([memoryview(noise)[:PAGE], memoryview(text)]), "most of it shrinks"
+
+
+@pytest.mark.parametrize("name", ["zlib", "zstd", "qatzip-sw"])
+def test_the_level_may_change_before_any_packet(name: str) -> None:
+    """One stream for a receiver that decodes page by page; storing adds a thousandth at most."""
+    compressor = plugins.load(name)
+    settings = compressor.settings({"level": "adaptive"}, sending=True)
+    rungs = Choice.of(compressor, settings).ways
+    view = compressor.channel(0, PAGE, settings, live=True)
+    compressor.hook.multifd_send_setup(channel=view)
+    mix = random.Random(4)
+    memory = qatdriver.image()
+    receiver = streams.PageDecoder(name)
+    used = set()
+    for _ in range(120):
+        at = mix.randrange(len(memory) - PACKET)
+        pages = memory[at : at + PACKET]
+        view.level = mix.choice(rungs)[1].level
+        payload = b"".join(compressor.hook.multifd_send_prepare(channel=view, pages=[memoryview(pages)]))
+        used.add(view.level)
+        assert b"".join(receiver.decode(payload, len(pages) // PAGE, PAGE)) == pages
+        assert len(payload) <= len(pages) * 1.001
+    compressor.cleanup("send", view)
+    assert used == set(compressor.facts.ladder)
+
+
+@pytest.mark.parametrize(
+    "how", ["zlib,level=adaptive", "zstd,level=auto", "qatzip-sw,level=adaptive", "adaptive", "auto"]
+)
+def test_memory_arrives_whole_over_a_slow_link(work: Path, how: str) -> None:
+    content = qatdriver.image()[: 6 << 20] + random.Random(5).randbytes(2 << 20)
+    (work / "image.raw").write_bytes(content)
+    there = peers.Receiving(work / "snap", channels=2)
+    link = peers.SlowLink(there.uri, 3 << 20)
+    try:
+        sent = migrate.send(open_source(work / "image.raw"), link.uri, how)
+        there.join()
+    finally:
+        link.close()
+    assert (work / "snap" / "0-pc.ram.raw").read_bytes() == content
+    assert sent.statistics, "it says what was chosen"
+    assert sent.wire_bytes < len(content) * 0.8
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "message"),
+    [
+        ("none,level=adaptive", UsageError, "none has no level: leave level=adaptive out"),
+        ("zlib,level=best", UsageError, "zlib: level 'best' is not a number, adaptive or auto"),
+        ("adaptive,level=3", UsageError, "adaptive has no option 'level'; it has: accepts="),
+        ("adaptive,accepts=lzma", UsageError, "there is no method 'lzma'; installed: "),
+        ("adaptive,accepts=uadk", HostError, "adaptive: no compressor that the peer accepts works here"),
+    ],
+)
+def test_what_cannot_be_chosen(work: Path, how: str, error: type[Exception], message: str) -> None:
+    (work / "image.raw").write_bytes(bytes(PAGE))
+    with pytest.raises(error, match=message):
+        migrate.send(open_source(work / "image.raw"), f"unix:{work}/nobody", how)
+
+
+def test_one_that_fails_to_store_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a compressor raises while it is measured names it."""
+    compressor = plugins.load("zlib")
+    monkeypatch.setattr(compressor, "measure", lambda *_: (_ for _ in ()).throw(CompressorError("broken")))
+    chosen = Effort(Choice.of(compressor, compressor.settings({"level": "adaptive"}, sending=True)))
+    with pytest.raises(CompressorError, match="broken"):
+        chosen.choose([memoryview(bytes(PACKET))], PAGE)
