@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,31 @@ def test_all_is_shown_with_its_times(work: Path, install: Install) -> None:
             assert (times.read > 0) == (channel.direction == IN and bool(packet.normal))
             assert (times.write > 0) == (channel.direction == OUT)
     assert sum(len(packet.zero) for _, packet, *_ in came) == result.zero_pages
+
+
+def test_a_payloads_reading_is_not_the_codecs_time(install: Install) -> None:
+    seen = Seeing()
+    install(seeing=lambda _: seen)
+
+    class Slow:
+        def read_into(self, view: memoryview, *, at_least: int | None = None, due: bool = False) -> int:  # noqa: ARG002
+            until = time.perf_counter() + 0.01
+            while time.perf_counter() < until:
+                pass
+            return len(view)
+
+    for stage in ("decode", "wait"):  # where payloads pass as they are, they are read while the packet is waited for
+        watch = Observers(["seeing"]).watch(IN, InitPacket(bytes(16), 0), ("wait", "decode"))
+        watch.begin(PAGE)
+        started = time.perf_counter()
+        watch.tee(Slow()).read_into(memoryview(bytearray(PAGE)))
+        watch.lap(stage)
+        watch.packet(RamPacket(), bytes(header_length(PAGE)))
+        elapsed = time.perf_counter() - started
+        *_, payload, times = seen.packets.pop()
+        assert times.read >= 0.01
+        assert sum(times) <= elapsed
+        assert len(payload) == PAGE
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no\nmore"), SystemExit(3)])
