@@ -4,7 +4,7 @@ BIN := .venv/bin
 PACKAGES := core plugins/zlib plugins/zstd plugins/qatzip
 BINDINGS := plugins/qatzip/build_libqatzip.py plugins/qatzip/libqatzip.h
 
-.PHONY: demo test lint bench bench-qemu clean
+.PHONY: demo test lint bench bench-qemu bench-link clean
 
 demo: .venv/ready
 	$(BIN)/python tools/demo.py
@@ -23,6 +23,9 @@ bench: .venv/ready
 
 bench-qemu: .venv/ready
 	$(BIN)/python tools/bench_qemu.py
+
+bench-link: .venv/ready
+	$(BIN)/python tools/bench_link.py
 
 # Compiled once, as pip does where it copies: Python may be told not to keep what it compiles.
 .venv/ready: requirements-dev.txt $(BINDINGS) $(PACKAGES:%=%/pyproject.toml)

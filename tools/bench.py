@@ -191,7 +191,7 @@ class Report:
         self.missed: list[str] = []
 
     def line(self, what: str, value: float, limit: str, good: bool, detail: str = "") -> None:
-        print(f"{what:<46}{value:>8.2f}  limit {limit:<10}{'ok' if good else 'MISSED':<8}{detail}", flush=True)
+        print(f"{what:<56}{value:>8.2f}  limit {limit:<10}{'ok' if good else 'MISSED':<8}{detail}", flush=True)
         if not good:
             self.missed.append(what)
 

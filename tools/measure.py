@@ -78,15 +78,33 @@ def sampled(processes: list[Process], interval: float) -> Iterator[None]:
         thread.join()
 
 
+@dataclass(frozen=True)
+class Link:
+    """What joins two processes: the command that puts each on its host, and the destination's address there."""
+
+    source: tuple[str, ...] = ()
+    destination: tuple[str, ...] = ()
+    host: str = "127.0.0.1"
+
+
+LOOPBACK = Link()
+
+
 def transfer(
-    image: Path, snapshot: Path, compressor: str, *, channels: int = 2, sample_interval: float = 0
+    image: Path,
+    snapshot: Path,
+    compressor: str,
+    *,
+    channels: int = 2,
+    sample_interval: float = 0,
+    link: Link = LOOPBACK,
 ) -> tuple[Process, Process]:
-    """Send an image between two processes over loopback; (source, destination), finished."""
+    """Send an image between two processes; (source, destination), finished."""
     shutil.rmtree(snapshot, ignore_errors=True)
     common = ["--compressor", compressor, "--channels", str(channels), "--json"]
     destination = Process(
         subprocess.Popen(
-            [*MULTIFD, "receive", "tcp:127.0.0.1:0", "-o", str(snapshot), "--no-digest", *common],
+            [*link.destination, *MULTIFD, "receive", f"tcp:{link.host}:0", "-o", str(snapshot), "--no-digest", *common],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -94,11 +112,14 @@ def transfer(
     )
     assert destination.child.stderr is not None
     uri = destination.child.stderr.readline().split()[-1]
-    source = Process(subprocess.Popen([*MULTIFD, "send", str(image), uri, *common], stdout=subprocess.PIPE, text=True))
+    command = [*link.source, *MULTIFD, "send", str(image), uri, *common]
+    source = Process(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     with sampled([source, destination], sample_interval):
         source.finish()
         destination.finish()
-    destination.child.stderr.close()
+    for process in (source, destination):
+        assert process.child.stderr is not None
+        process.child.stderr.close()
     return source, destination
 
 
