@@ -214,7 +214,7 @@ def test_a_source_that_shrinks_while_it_is_sent(work: Path) -> None:
 
     job = threading.Thread(target=shrink)
     job.start()
-    fails(work, there.uri, r"image.raw shrank to \d+ bytes while it was sent; it had 32768000", HostError, timeout=20)
+    fails(work, there.uri, r"image.raw shrank to \d+ bytes while it was read; it had 32768000", HostError, timeout=20)
     job.join()
 
 

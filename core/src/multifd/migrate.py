@@ -221,7 +221,7 @@ def send(
             driver = qmp_driver.Destination(qmp, channels=channels, method=choice.method, timeout=timeout)
             cleanup.enter_context(driver)
             uuid = uuid or driver.uuid
-        files = [_open_block(item.block, item.path, cleanup) for item in source.blocks]
+        files = [open_block(item.block, item.path, cleanup) for item in source.blocks]
         silence = Silence(timeout)
         if driver is not None:
             driver.listen(str(target))
@@ -290,7 +290,8 @@ def _connect_channel(target: Uri, silence: Silence, number: int, wrap: Wrap) -> 
         raise Lost(f"channel {number}: {error}") from error
 
 
-def _open_block(block: Block, path: Path, cleanup: ExitStack) -> SourceFile:
+def open_block(block: Block, path: Path, cleanup: ExitStack) -> SourceFile:
+    """A block's file, which `cleanup` closes.  Raises CallerError."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -309,7 +310,7 @@ def _sample(source: Source) -> bytes:
     found = []
     for item in source.blocks:
         with ExitStack() as cleanup:
-            file = _open_block(item.block, item.path, cleanup)
+            file = open_block(item.block, item.path, cleanup)
             for offset in range(0, item.block.used_length, step):
                 length = min(PACKET_SIZE, item.block.used_length - offset)
                 read_batch(Batch(file, offset, length), buffer)
@@ -326,12 +327,13 @@ def _batches(files: list[SourceFile], *, read_holes: bool) -> Iterator[Batch]:
         data = -1
         for offset in range(0, length, PACKET_SIZE):
             if data <= offset:
-                data = _next_data(file.fd, offset, length)
+                data = next_data(file.fd, offset, length)
             size = min(PACKET_SIZE, length - offset)
             yield Batch(file, offset, size, hole=data >= offset + size and not read_holes)
 
 
-def _next_data(fd: int, offset: int, length: int) -> int:
+def next_data(fd: int, offset: int, length: int) -> int:
+    """Where the first byte at or after `offset` is that is not in a hole; `length`, the file's, where none is."""
     try:
         return os.lseek(fd, offset, os.SEEK_DATA)
     except OSError:

@@ -313,7 +313,10 @@ class SendChannels:
 
 
 def read_batch(batch: Batch, buffer: memoryview) -> None:
-    """Read, not map: a mapped file that shrinks or fails kills the process with SIGBUS."""
+    """Fill the first `batch.length` bytes of `buffer`.  Raises HostError.
+
+    Read, not mapped: a mapped file that shrinks or fails kills the process with SIGBUS.
+    """
     view = buffer[: batch.length]
     source = batch.source
     done = 0
@@ -324,7 +327,7 @@ def read_batch(batch: Batch, buffer: memoryview) -> None:
             raise HostError(f"{source.path} cannot be read at byte {batch.offset + done}: {error.strerror}") from error
         if not count:
             raise HostError(
-                f"{source.path} shrank to {batch.offset + done} bytes while it was sent; "
-                f"it had {source.block.used_length}: nothing was confirmed, send it again"
+                f"{source.path} shrank to {batch.offset + done} bytes while it was read; "
+                f"it had {source.block.used_length}: nothing was confirmed, start again"
             )
         done += count
