@@ -23,7 +23,7 @@ LAYERS = [
     {"send", "recv"},
     {"qmp"},
     {"migrate"},
-    {"relay", "inspect", "doctor"},
+    {"relay", "inspect", "doctor", "bench"},
     {"metrics"},
     {"cli"},
     {"__main__"},

@@ -9,6 +9,7 @@ import argparse
 import gc
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -19,9 +20,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from multifd import __version__
-from multifd.errors import MultifdError, UsageError
+from multifd.errors import CallerError, HostError, MultifdError, UsageError
 
 if TYPE_CHECKING:
+    from multifd.bench import Bench
     from multifd.migrate import OnProgress, Progress, Result
 
 SOURCE_HELP = "a raw memory image, or a snapshot's directory"
@@ -265,6 +267,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("path", metavar="RECORDING|SNAPSHOT")
     command.set_defaults(run=_inspect)
+
+    command = commands.add_parser(
+        "bench",
+        parents=[common, plugged],
+        help="which compressor pays on your own memory",
+        description="Measure every compressor and level on packets of an image, and recommend one for the link.",
+    )
+    command.add_argument("path", metavar="IMAGE|SNAPSHOT", help=SOURCE_HELP)
+    command.add_argument(
+        "--link", type=_bandwidth, metavar="BANDWIDTH", help="the network's, as 10Gbit/s (a few usual ones)"
+    )
+    command.add_argument(
+        "--cores", type=_count, default=2, metavar="N", help="cores for the channels of each side, one each (2)"
+    )
+    command.add_argument("--svg", metavar="FILE", help="draw migration time over bandwidth")
+    command.set_defaults(run=_bench)
     return parser
 
 
@@ -273,6 +291,21 @@ def _seconds(text: str) -> float:
     if not 0 < value < 1e6:
         raise argparse.ArgumentTypeError(f"{text} is not a time in seconds")
     return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
+
+
+def _bandwidth(text: str) -> float:
+    """Bits per second."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt])bit/s", text, re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no bandwidth: write 10Gbit/s or 100Mbit/s")
+    return float(found[1]) * 1000.0 ** ("kmgt".index(found[2].lower()) + 1)
 
 
 def _size(text: str) -> int:
@@ -304,9 +337,7 @@ def _compressors(arguments: argparse.Namespace) -> int:
             detail += f" on {', '.join(row['devices'])}"
         detail = "; ".join(filter(None, (detail, row["reason"], row["install"] if row["reason"] else "")))
         table.append((row["name"], row["method"], str(row["flag"]), state, f"{detail} [{row['distribution']}]"))
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for line in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    _print_table(table)
     have = {row["name"] for row in rows}
     for name, distribution in plugins.OURS.items():
         if name not in have:
@@ -483,6 +514,90 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    from multifd import bench
+
+    folder = os.path.dirname(arguments.svg or "") or "."
+    if not os.path.isdir(folder):
+        raise CallerError(f"{folder} is not a directory: create it first")
+    links = [arguments.link] if arguments.link else bench.LINKS
+    measuring = sys.stderr.isatty()
+    found = bench.bench(arguments.path, cores=arguments.cores, on_setting=_rewrite if measuring else None)
+    if measuring:
+        _rewrite("")
+    if arguments.json:
+        print(json.dumps(found.report(links), indent=2))
+    else:
+        _print_bench(found, links)
+    if arguments.svg:
+        picture = bench.picture(found, links)
+        try:
+            with open(arguments.svg, "w") as file:
+                file.write(picture)
+        except OSError as error:
+            raise HostError(f"{arguments.svg}: {error.strerror}") from error
+    return 0
+
+
+def _print_bench(found: Bench, links: Sequence[float]) -> None:
+    from multifd.bench import MODEL, bandwidth
+
+    print(
+        f"{found.path}: {_bytes(found.memory_bytes)}, {found.zero_bytes / found.looked_bytes:.0%} of it zero pages; "
+        f"measured on {_bytes(found.sampled_bytes)} of the others, in {_many(found.sampled_packets, 'packet')}"
+    )
+    table = [("SETTING", "ENCODE MB/s", "DECODE MB/s", "RATIO", "CPU s/GB", "PAYS BELOW", "MEASURED ON")]
+    for row in found.measured:
+        below = found.pays_below(row)
+        table.append(
+            (
+                row.text,
+                f"{row.encode_mb_per_s:.0f}",
+                f"{row.decode_mb_per_s:.0f}",
+                f"{row.ratio:.2f}",
+                f"{row.encode_cpu_s_per_gb + row.decode_cpu_s_per_gb:.2f}",
+                "" if row is found.none else bandwidth(below) if below else "never",
+                _bytes(row.sampled_bytes),
+            )
+        )
+    _print_table(table, numbers=True)
+    notes = (
+        f"{row.compressor} works in software: {row.reason}"
+        if row.sampled_bytes
+        else f"{row.text} was not measured: {row.reason}"
+        for row in found.rows
+        if row.reason
+    )
+    for note in dict.fromkeys(notes):  # what holds for a compressor is said of each level
+        print(note)
+    print(f"\nwith {_many(found.cores, 'core')} on each side, {MODEL}")
+    expected = [("LINK", "BEST", "SECONDS", "WITH NONE")]
+    for link in links:
+        best = found.recommend(link)
+        seconds, without = (found.seconds(row, link) for row in (best, found.none))
+        expected.append((bandwidth(link), f"--compressor {best.text}", f"{seconds:.4g}", f"{without:.4g}"))
+    _print_table(expected)
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
+def _print_table(table: Sequence[Sequence[str]], *, numbers: bool = False) -> None:
+    """Columns two spaces apart; `numbers` are to the right, but for the first column."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for first, *line in table:
+        cells = [
+            cell.rjust(width) if numbers else cell.ljust(width) for cell, width in zip(line, widths[1:], strict=True)
+        ]
+        print("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+
+
+def _rewrite(text: str) -> None:
+    """One line on the terminal instead of what stood there."""
+    print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
 def _bytes(count: float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
@@ -503,7 +618,7 @@ class _ProgressLine:
 
     def __exit__(self, *_: object) -> None:
         if self._last is not None:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            _rewrite("")
 
     def _show(self, progress: Progress) -> None:
         last = self._last
@@ -512,9 +627,4 @@ class _ProgressLine:
         self._last = progress
         ratio = progress.memory_bytes / max(progress.wire_bytes, 1)
         left = max(progress.total_pages - progress.pages, 0)
-        print(
-            f"\r\x1b[K{_bytes(max(memory, 0) / max(seconds, 1e-9))}/s, ratio {ratio:.2f}, {left} pages left",
-            end="",
-            file=sys.stderr,
-            flush=True,
-        )
+        _rewrite(f"{_bytes(max(memory, 0) / max(seconds, 1e-9))}/s, ratio {ratio:.2f}, {left} pages left")
