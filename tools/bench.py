@@ -21,9 +21,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from measure import MULTIFD, make_image, same, transfer
+from multifd.bench import Codec, Spent
 from multifd.flags import PACKET_SIZE
 from multifd.observers import OUT, Observers
 from multifd.plugins import Spec, select
@@ -53,8 +55,8 @@ def plan(image: Path) -> list[Packet]:
     return packets
 
 
-class Codec:
-    """A compressor's hooks called alone, in one thread, on packets already in memory."""
+class Alone:
+    """A compressor alone, in one thread, on packets already in memory."""
 
     def __init__(self, name: str, image: Path, packets: Sequence[Packet]) -> None:
         self.compressor, self.settings = select(Spec(name), sending=True)
@@ -63,36 +65,24 @@ class Codec:
         self.packets = packets
         self.payloads: list[bytes] = []
 
-    def encode(self, clock: Callable[[], float] = time.perf_counter) -> float:
-        channel = self.compressor.channel(0, PAGE, self.settings)
-        hook = self.compressor.hook
-        hook.multifd_send_setup(channel=channel)
-        seconds = 0.0
-        self.payloads = []
-        for packet in self.packets:
-            pages = [self.memory[offset : offset + length] for offset, length in packet]
-            started = clock()
-            payload = hook.multifd_send_prepare(channel=channel, pages=pages)
-            seconds += clock() - started
-            self.payloads.append(b"".join(payload))
-        self.compressor.cleanup("send", channel)
-        return seconds
+    def encode(self) -> Spent:
+        with self._set_up() as codec:
+            self.payloads = [
+                codec.encode([self.memory[offset : offset + length] for offset, length in packet])
+                for packet in self.packets
+            ]
+        return codec.encoding
 
-    def decode(self) -> float:
-        channel = self.compressor.channel(0, PAGE, self.compressor.settings({}, sending=False))
-        hook = self.compressor.hook
-        hook.multifd_recv_setup(channel=channel)
-        buffer = memoryview(packet_buffer())
-        seconds = 0.0
-        for packet, payload in zip(self.packets, self.payloads, strict=True):
-            channel.next_packet_size = len(payload)
-            channel.bind(lambda wanted, payload=payload: wanted.__setitem__(slice(None), payload))  # type: ignore[misc]
-            pages = buffer[: sum(length for _, length in packet)]
-            started = time.perf_counter()
-            hook.multifd_recv(channel=channel, pages=pages)
-            seconds += time.perf_counter() - started
-        self.compressor.cleanup("recv", channel)
-        return seconds
+    def decode(self) -> Spent:
+        with self._set_up() as codec:
+            for packet, payload in zip(self.packets, self.payloads, strict=True):
+                codec.decode(payload, sum(length for _, length in packet))
+        return codec.decoding
+
+    def _set_up(self) -> closing[Codec]:
+        codec = Codec(self.compressor, self.settings, PAGE)
+        codec.set_up()
+        return closing(codec)
 
 
 def in_threads(action: Callable[[int], None]) -> None:
@@ -204,11 +194,11 @@ class Report:
 
 def codec_lines(report: Report, image: Path, output: Path, packets: Sequence[Packet], runs: int) -> None:
     for name in ("zlib", "zstd", "qatzip-sw"):
-        codec = Codec(name, image, packets)
+        codec = Alone(name, image, packets)
         ratios, encodes, decodes, transfers = [], [], [], []
         for _ in range(runs):
-            encodes.append(codec.encode())
-            decodes.append(codec.decode())
+            encodes.append(codec.encode().wall)
+            decodes.append(codec.decode().wall)
             source, _ = transfer(image, output, name)
             transfers.append(source.result["seconds"])
             ratios.append(transfers[-1] / max(encodes[-1], decodes[-1]))

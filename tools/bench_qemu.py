@@ -12,7 +12,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +19,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
-from bench import Codec, Report, plan, run
+from bench import Alone, Report, plan, run
 from measure import MULTIFD, Process, cpu_seconds, sampled, transfer
 from qemus import Qemu, qemus
 from standin import Missing
@@ -128,8 +127,8 @@ def measure(report: Report, image: Path, runs: int) -> None:
                 partial(bench.migrate, "none", method, options),
                 partial(bench.ours, method),
             )
-            codec = Codec(method, image, plan(image))
-            alone = statistics.median(codec.encode(time.thread_time) for _ in range(runs))
+            codec = Alone(method, image, plan(image))
+            alone = statistics.median(codec.encode().cpu for _ in range(runs))
             # What is left where neither relay nor kernel costs anything, with every core busy.
             least = statistics.median((one.qemus_cpu + alone) / CHANNELS for one in relay)
             least /= statistics.median(map(seconds, qemu))
