@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import random
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 from multifd.errors import CompressorError, HostError
 from multifd.flags import DEFAULT_PAGE_SIZE
 from multifd.hookspecs import Channel, Facts, Option, OptionValue, Probe, hookimpl
-from multifd.pagelist import PROVIDER, VERSION, Codec, Job, Software, decode, encode, receive_buffer
+from multifd.pagelist import LEVELS, PROVIDER, VERSION, Codec, Job, Software, decode, encode, receive_buffer
 from multifd.wire import Buffer
 
 T = TypeVar("T")
@@ -30,6 +31,8 @@ FALLBACK_OPTION = Option(FALLBACK, True, "off: an error where the device cannot 
 PATIENCE = 8
 #: The ways of a packet, as counted.
 HARDWARE, SOFTWARE, FAILED = "hardware", "software", "software (device failed)"
+#: What `check` tries: how many pages of which size.
+CHECKS = ((700, 4096), (70, 65536))
 
 
 class LibraryError(HostError):
@@ -138,6 +141,28 @@ def _read_back(pages: Sequence[memoryview], made: Sequence[Buffer], reader: Code
         if page != pages[number]:
             raise DeviceError(f"{what}: page {number} came back changed")
     return len(jobs)
+
+
+def check(vendor: Vendor, *, wrapped: bool) -> None:
+    """Prove or disprove on this machine that a vendor's device and the software codec understand each other.
+
+    Prints one line, and exits with 1 where they do not, or there is no device.
+    """
+    software = Software(wrapped)
+    name = vendor.name
+    try:
+        name = f"{vendor.name} {vendor.load()}"
+        counts = [prove(vendor, software, count, levels=LEVELS, size=size) for count, size in CHECKS]
+    except LibraryError as error:
+        sys.exit(f"{name}: no answer: {error}; {vendor.install}")
+    except DeviceError as error:
+        sys.exit(f"{name}: does NOT work: {error}; {vendor.advice}")
+    by_device, by_software = (sum(column) for column in zip(*counts, strict=True))
+    sizes = " and ".join(str(size) for _, size in CHECKS)
+    print(
+        f"{name}: works: {by_device} pages of {sizes} bytes that the device compressed read in software, "
+        f"{by_software} that software compressed read by the device, every byte the same"
+    )
 
 
 @dataclass(slots=True)

@@ -92,7 +92,7 @@ def _check_layout(lib: Any, ffi: Any) -> None:
         raise LibraryError(f"libqpl: a job of {size[0]} bytes ({describe(code)}): its layout is not the one known here")
     memory = ffi.new("uint8_t[]", bytes([CANARY]) * size[0])
     code = lib.qpl_init_job(SOFTWARE, ffi.cast("qpl_job *", memory))
-    if code != OK or any(ffi.buffer(memory, ffi.sizeof("qpl_job"))):
+    if code != OK or any(bytes(ffi.buffer(memory, ffi.sizeof("qpl_job")))):
         raise LibraryError(f"libqpl: a new job is not empty ({describe(code)}): its layout is not the one known here")
 
 
@@ -125,7 +125,7 @@ class Session:
         if code != OK:
             raise DeviceError(f"qpl_get_job_size: {describe(code)}")
         try:
-            for _ in range(JOBS if path == HARDWARE else 1):
+            for _ in range(JOBS):
                 self._slots.append(_Slot(lib, ffi, path, size[0], page_size))
         except DeviceError:
             self.close()
