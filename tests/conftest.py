@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 OWN_CAPTURES = Path(__file__).with_name("captures")
 SHARED_CAPTURES = Path(__file__).parents[2] / "shared" / "captures"
-READABLE = ("none", "zlib", "zstd", "qatzip")
+READABLE = ("none", "zlib", "zstd", "qatzip", "qpl", "uadk")
 
 
 @dataclass(frozen=True)
