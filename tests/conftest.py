@@ -109,6 +109,19 @@ def standin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _or_skip(lambda: standin_module.make_standin(tmp_path_factory.mktemp("standin")))
 
 
+@pytest.fixture(scope="session")
+def libqpl() -> standin_module.Machine:
+    """The real libqpl without a device."""
+    return _or_skip(standin_module.get_libqpl)
+
+
+@pytest.fixture(scope="session", params=["qpl", "uadk"])
+def page_device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> standin_module.Machine:
+    """A device of either method that sends a list of pages; a stand-in."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return _or_skip(lambda: standin_module.make_page_device(request.param, folder))
+
+
 def _or_skip(make: Callable[[], T]) -> T:
     try:
         return make()

@@ -155,7 +155,12 @@ def small(method: str = "none", *, page_size: int = 65536, return_path: bool = F
     )
     offsets = [0, 2 * page_size, 3 * page_size]
     body = packet(
-        offsets, [page_size], payload=encode(method, data, page_size), method=method, page_size=page_size, number=channels
+        offsets,
+        [page_size],
+        payload=encode(method, data, page_size),
+        method=method,
+        page_size=page_size,
+        number=channels,
     )
     first = sync(page_size)
     last = sync(page_size, channels + 1)

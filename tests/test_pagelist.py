@@ -125,7 +125,9 @@ def bad_payloads(method: str) -> list[tuple[bytes, str]]:
 BAD = {method: bad_payloads(method) for method in METHODS}
 
 
-@pytest.mark.parametrize(("method", "number"), [(method, number) for method in METHODS for number in range(len(BAD[method]))])
+@pytest.mark.parametrize(
+    ("method", "number"), [(method, number) for method in METHODS for number in range(len(BAD[method]))]
+)
 def test_a_bad_payload_is_refused_with_both_values(method: str, number: int) -> None:
     payload, says = BAD[method][number]
     pair = Pair(f"{method}-sw")
@@ -285,9 +287,7 @@ def test_send_to_uadk_without_its_device(work: Path, zero_pages: str) -> None:
     content = qatdriver.image()[: 4 << 20]
     (work / "image.raw").write_bytes(content)
     there = peers.Keeping(1)
-    migrate.send(
-        open_source(work / "image.raw"), there.uri, "uadk-sw,raw=on", channels=1, zero_pages=zero_pages
-    )
+    migrate.send(open_source(work / "image.raw"), there.uri, "uadk-sw,raw=on", channels=1, zero_pages=zero_pages)
     there.join()
     destination = WithoutDevice(len(content))
     destination.take(there.channels[0], PAGE)

@@ -333,7 +333,7 @@ def test_one_that_is_not_available_says_why(site: Site) -> None:
 def test_a_name_nobody_provides() -> None:
     with pytest.raises(
         HostError,
-        match="no compressor is named 'zlbi'; installed: none, qatzip, qatzip-sw, qpl, qpl-sw, uadk, uadk-sw, zlib, zstd: did you mean zlib",
+        match="no compressor is named 'zlbi'; installed: none, .*, qpl, qpl-sw, .*, zlib, zstd: did you mean zlib",
     ):
         plugins.load("zlbi")
     with pytest.raises(UsageError, match="'adaptive' is reserved"):

@@ -1,8 +1,9 @@
 /*
  * A libwd_comp with a device, made of zlib: it takes the calls as UADK's headers document them,
  * and aborts where UADK would refuse or misread one.  FAKE_UADK, read at each call: "none" has no
- * device, "fail" has every job fail.
+ * device, "fail" has every job fail, "every:N" each N-th, "lie" has each say a byte too few.
  */
+#include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -36,7 +37,8 @@ struct setup {
 
 enum { ZLIB = 1, EEXIST_ = 17, ENODEV_ = 19, BAD_INPUT = 67, STREAM_END = 1 };
 
-static int started, sessions[2];
+static int started;
+static atomic_int sessions[2];
 
 #define MUST(condition) do { if (!(condition)) abort(); } while (0)
 
@@ -69,15 +71,18 @@ uintptr_t wd_comp_alloc_sess(struct setup *setup)
 
 void wd_comp_free_sess(uintptr_t session)
 {
-    MUST(--*(int *)session >= 0);
+    MUST(--*(atomic_int *)session >= 0);
 }
 
 int wd_do_comp_sync(uintptr_t session, struct request *req)
 {
     unsigned long made = req->dst_len, used = req->src_len;
-    MUST(session == (uintptr_t)&sessions[req->op_type] && *(int *)session > 0);
+    MUST(session == (uintptr_t)&sessions[req->op_type] && *(atomic_int *)session > 0);
     MUST(!req->cb && !req->data_fmt && req->src_len > 2 && req->dst_len > 2);
-    if (told("fail"))
+    const char *how = getenv("FAKE_UADK");
+    static atomic_int jobs;
+    int number = ++jobs;
+    if (told("fail") || (how && !strncmp(how, "every:", 6) && number % atoi(how + 6) == 0))
         return -5;
     if (req->op_type == 0) {
         MUST(compress2(req->dst, &made, req->src, used, 1) == 0);
@@ -95,6 +100,6 @@ int wd_do_comp_sync(uintptr_t session, struct request *req)
         req->status = STREAM_END;
     }
     req->src_len = used;
-    req->dst_len = made;
+    req->dst_len = made - told("lie");
     return 0;
 }

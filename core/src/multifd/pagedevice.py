@@ -30,9 +30,9 @@ FALLBACK_OPTION = Option(FALLBACK, True, "off: an error where the device cannot 
 #: Packets in a row that a device may fail before its channel stops asking it.
 PATIENCE = 8
 #: The ways of a packet, as counted.
-HARDWARE, SOFTWARE, FAILED = "hardware", "software", "software (device failed)"
+HARDWARE, SOFTWARE, FAILED, NEITHER = "hardware", "software", "software (device failed)", "raw pages"
 #: What `check` tries: how many pages of which size.
-CHECKS = ((700, 4096), (70, 65536))
+CHECKS = ((280, 4096), (35, 65536))
 
 
 class LibraryError(HostError):
@@ -181,7 +181,10 @@ class _DeviceCodec:
         return self._do(lambda codec: codec.compress(pages))
 
     def decompress(self, jobs: Sequence[Job]) -> None:
-        self._do(lambda codec: codec.decompress(jobs))
+        if jobs:
+            self._do(lambda codec: codec.decompress(jobs))
+        else:
+            self._count(NEITHER)
 
     def close(self) -> None:
         session, self.session = self.session, None
@@ -203,8 +206,11 @@ class _DeviceCodec:
                 self.failures = 0
         else:
             done = work(self.software)
-        self.counts[way] = self.counts.get(way, 0) + 1
+        self._count(way)
         return done
+
+    def _count(self, way: str) -> None:
+        self.counts[way] = self.counts.get(way, 0) + 1
 
     def _failed(self, error: DeviceError) -> None:
         if not self.fallback:

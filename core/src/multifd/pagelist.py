@@ -68,7 +68,7 @@ class Codec(Protocol):
         """Each page's data; what is not shorter than its page goes raw."""
 
     def decompress(self, jobs: Sequence[Job]) -> None:
-        """Fill every job's page."""
+        """Fill every job's page; there is none in a packet of raw pages."""
 
     def close(self) -> None:
         """Release everything.  Safe twice."""
@@ -111,12 +111,13 @@ def decode(channel: Channel, pages: memoryview, codec: Codec, buffer: memoryview
         raise CompressorError(
             f"the lengths of {count} pages add up to {head} + {total} bytes, the payload has {claimed}"
         )
+    jobs: list[Job] = []
     if total == len(pages):  # all of them raw, as QEMU's uadk sends them where it has no device
         channel.read_into(pages)
+        codec.decompress(jobs)
         return
     data = buffer[:total]
     channel.read_into(data)
-    jobs = []
     at = 0
     for number, length in enumerate(lengths):
         page = pages[number * size : (number + 1) * size]

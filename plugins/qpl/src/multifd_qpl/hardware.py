@@ -8,6 +8,7 @@ migrations: ISA-L is faster (`multifd.pagelist`).
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,6 +37,8 @@ FIRST, LAST, OMIT_VERIFY = 0x1, 0x2, 0x4000
 LEVEL = 1
 #: Jobs of one channel that the device has at a time.
 JOBS = 8
+#: Seconds to wait for a full queue, which other channels and processes share, and between two looks.
+BUSY_SECONDS, BUSY_PAUSE = 1.0, 20e-6
 CANARY = 0xA5
 
 OK, MORE_OUTPUT, BUSY = 0, 2, 5
@@ -144,7 +147,10 @@ class Session:
         return made
 
     def decompress(self, jobs: Sequence[Job]) -> None:
-        """Fill every job's page.  Raises DeviceError, also for damaged data."""
+        """Fill every job's page.  Raises DeviceError, also for damaged data.
+
+        libqpl does not tell what lies behind the end of a page's data, nor a cut that left the page whole.
+        """
 
         def take(slot: _Slot, code: int) -> None:
             number, data, page = jobs[slot.number]
@@ -173,8 +179,14 @@ class Session:
             for number, source in enumerate(sources):
                 if not free:
                     settle()
-                while (code := self._submit(free[0], number, source)) == BUSY and busy:
-                    settle()
+                deadline = time.monotonic() + BUSY_SECONDS
+                while (code := self._submit(free[0], number, source)) == BUSY:
+                    if busy:
+                        settle()
+                    elif time.monotonic() > deadline:
+                        break
+                    else:  # the queue is full of others' jobs; nobody tells when it is not
+                        time.sleep(BUSY_PAUSE)
                 if code == OK:
                     busy.append(free.popleft())
                 else:

@@ -102,7 +102,8 @@ class Session:
         self._request = ffi.new("wd_comp_req *", {"op_type": direction})
         scheduling = ffi.new("sched_params *", {"numa_id": ANY_NODE, "type": direction})
         setup = ffi.new(
-            "wd_comp_sess_setup *", {"alg_type": ZLIB, "op_type": direction, "sched_param": ffi.cast("void *", scheduling)}
+            "wd_comp_sess_setup *",
+            {"alg_type": ZLIB, "op_type": direction, "sched_param": ffi.cast("void *", scheduling)},
         )
         self._handle = lib.wd_comp_alloc_sess(setup)
         if not self._handle:
