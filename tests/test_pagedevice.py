@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,23 +36,32 @@ def run(machine: Machine, *arguments: object, **env: str) -> subprocess.Complete
 
 def row(machine: Machine, method: str, **env: str) -> dict[str, Any]:
     """The method's row in `multifd compressors`."""
-    result = run(machine, "multifd", "compressors", "--json", **env)
-    (found,) = [row for row in json.loads(result.stdout) if row["name"] == method]
-    return dict(found)
+    code = "import json, sys\nfrom multifd import plugins\nprint(json.dumps(plugins.probe_all([sys.argv[1]])[0]))"
+    command = [machine.python, "-c", code, method]
+    environ = os.environ | machine.env | env
+    result = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=True)
+    return dict(json.loads(result.stdout))
 
 
 def traffic(
-    machine: Machine, *, env: dict[str, str] | None = None, channels: int = 2, count: int = 40, **settings: str
+    machine: Machine,
+    env: Mapping[str, str] = {},
+    *,
+    channels: int = 2,
+    count: int = 40,
+    later: str = "",
+    sw_fallback: str = "on",
 ) -> dict[str, Any]:
     """Packets there and back on all channels at once."""
     return qatdriver.in_child(
         "traffic",
-        env=machine.env | (env or {}),
+        env=machine.env | dict(env),
         python=machine.python,
         compressor=machine.method,
         channels=channels,
         count=count,
-        **settings,
+        later=later,
+        sw_fallback=sw_fallback,
     )
 
 
