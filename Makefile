@@ -1,8 +1,8 @@
 # Each target does its own set-up: python3 (3.11 or newer) with its venv module is all it needs.
 PYTHON ?= python3
 BIN := .venv/bin
-PACKAGES := core plugins/zlib plugins/zstd plugins/qatzip
-BINDINGS := plugins/qatzip/build_libqatzip.py plugins/qatzip/libqatzip.h
+PACKAGES := core plugins/zlib plugins/zstd plugins/qatzip plugins/qpl plugins/uadk
+BINDINGS := $(wildcard plugins/*/build_lib*.py plugins/*/lib*.h)
 
 .PHONY: demo test lint bench bench-qemu bench-link clean
 
@@ -36,4 +36,4 @@ bench-link: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv .libqatzip .qemu .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .libqatzip .libqpl .qemu .mypy_cache .pytest_cache .ruff_cache

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 OWN_CAPTURES = Path(__file__).with_name("captures")
 SHARED_CAPTURES = Path(__file__).parents[2] / "shared" / "captures"
-READABLE = ("none", "zlib", "zstd", "qatzip")
+READABLE = ("none", "zlib", "zstd", "qatzip", "qpl", "uadk")
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,19 @@ def libqatzip() -> Path:
 def standin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real libqatzip.so.3 over a device that is a stand-in."""
     return _or_skip(lambda: standin_module.make_standin(tmp_path_factory.mktemp("standin")))
+
+
+@pytest.fixture(scope="session")
+def libqpl() -> standin_module.Machine:
+    """The real libqpl without a device."""
+    return _or_skip(standin_module.get_libqpl)
+
+
+@pytest.fixture(scope="session", params=["qpl", "uadk"])
+def page_device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> standin_module.Machine:
+    """A device of either method that sends a list of pages; a stand-in."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return _or_skip(lambda: standin_module.make_page_device(request.param, folder))
 
 
 def _or_skip(make: Callable[[], T]) -> T:

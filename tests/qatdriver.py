@@ -1,4 +1,4 @@
-"""What a test has done in a process of its own: libqatzip stays loaded until a process ends.
+"""What a test has done in a process of its own: a vendor's library stays loaded until a process ends.
 
 `in_child` runs one of the functions, `python qatdriver.py NAME KEY=VALUE...`, which prints its
 result as a line of JSON.
@@ -84,7 +84,12 @@ class Raw:
 
 
 def traffic(
-    channels: int = 1, count: int = 100, later: str = "", fork: bool = False, **settings: str
+    compressor: str = "qatzip",
+    channels: int = 1,
+    count: int = 100,
+    later: str = "",
+    fork: bool = False,
+    **settings: str,
 ) -> dict[str, Any]:
     """Packets there and back on all channels at once; `later` changes the stand-in after set-up."""
     total: Counter[str] = Counter()
@@ -92,7 +97,7 @@ def traffic(
     stop = threading.Event()
 
     def run(number: int) -> None:
-        pair = Pair("qatzip", settings, number=number)
+        pair = Pair(compressor, settings, number=number)
         ready.wait(20)
         try:
             for data in packets(count, number):
@@ -467,11 +472,18 @@ def loads_nothing() -> dict[str, Any]:
     return {"maps": re.findall(r"\S*(?:qat|usdm)\S*\.so\S*", Path("/proc/self/maps").read_text())}
 
 
-def in_child(name: str, path: Path | None = None, *, env: Mapping[str, str] = {}, **settings: object) -> dict[str, Any]:
+def in_child(
+    name: str,
+    path: Path | None = None,
+    *,
+    env: Mapping[str, str] = {},
+    python: str | Path = sys.executable,
+    **settings: object,
+) -> dict[str, Any]:
     """Run a function of this module in a process of its own, with this libqatzip."""
     given = {key.replace("_", "-") if key == "sw_fallback" else key: value for key, value in settings.items()}
     result = subprocess.run(
-        [sys.executable, __file__, name, *(f"{key}={value}" for key, value in given.items())],
+        [python, __file__, name, *(f"{key}={value}" for key, value in given.items())],
         env=os.environ | ({library.SETTING: str(path)} if path else {}) | dict(env),
         capture_output=True,
         text=True,

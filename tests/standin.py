@@ -1,4 +1,4 @@
-"""The real libqatzip, and a directory where a stand-in for the device's library lies beside it."""
+"""Real vendors' libraries, and stand-ins for their devices."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 TOP = Path(__file__).parents[1]
 QAT = TOP / "tests" / "qat"
 FETCHED = TOP / ".libqatzip"
+PAGELIST = TOP / "tests" / "pagelist"
 
 
 class Missing(Exception):
@@ -43,6 +45,33 @@ def fetch(script: str, *arguments: str | Path) -> Path:
 def get_libqatzip(*options: str) -> Path:
     """libqatzip.so.3: the system's, or one fetched into the project's directory."""
     return fetch("get_libqatzip.py", FETCHED, *options)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the library of a method is found: by which Python, in which environment."""
+
+    method: str
+    python: str | Path
+    env: dict[str, str]
+
+
+def get_libqpl() -> Machine:
+    """One with the real libqpl, and no device."""
+    folder = TOP / ".libqpl"
+    library = folder / "root/usr/lib/x86_64-linux-gnu/libqpl.so.1"
+    return Machine("qpl", fetch("get_libqpl.py", folder, "--python"), {"MULTIFD_LIBQPL": str(library)})
+
+
+def make_page_device(method: str, folder: Path) -> Machine:
+    """One with a device: libqpl's is the real library behind a queue, libwd_comp's is zlib."""
+    if method == "uadk":
+        options = ["-Wl,-soname,libwd_comp.so.2", "-l:libz.so.1"]
+        library = build(PAGELIST / "fake_libwd_comp.c", folder / "libwd_comp.so.2.10.0", *options)
+        return Machine("uadk", sys.executable, {"MULTIFD_LIBWD_COMP": str(library)})
+    bare = get_libqpl()
+    library = build(PAGELIST / "device_libqpl.c", folder / "libqpl.so.1", "-Wl,-soname,libqpl.so.1", "-ldl")
+    return Machine("qpl", bare.python, {"MULTIFD_LIBQPL": str(library), "REAL_LIBQPL": bare.env["MULTIFD_LIBQPL"]})
 
 
 def make_standin(folder: Path) -> Path:

@@ -155,7 +155,12 @@ def small(method: str = "none", *, page_size: int = 65536, return_path: bool = F
     )
     offsets = [0, 2 * page_size, 3 * page_size]
     body = packet(
-        offsets, [page_size], payload=encode(method, data), method=method, page_size=page_size, number=channels
+        offsets,
+        [page_size],
+        payload=encode(method, data, page_size),
+        method=method,
+        page_size=page_size,
+        number=channels,
     )
     first = sync(page_size)
     last = sync(page_size, channels + 1)
@@ -163,7 +168,7 @@ def small(method: str = "none", *, page_size: int = 65536, return_path: bool = F
     return Stream(main, streams, {"pc.ram": b"".join(pages)})
 
 
-def encode(method: str, data: bytes) -> bytes:
+def encode(method: str, data: bytes, page_size: int = 4096) -> bytes:
     """A first packet's payload as QEMU makes it."""
     if method == "none":
         return data
@@ -172,9 +177,60 @@ def encode(method: str, data: bytes) -> bytes:
         return stream.compress(data) + stream.flush(zlib.Z_SYNC_FLUSH)
     if method == "qatzip":
         return qatzip_member(data, 1)
+    if method in ("qpl", "uadk"):
+        return page_list([encode_page(method, data[at : at + page_size]) for at in range(0, len(data), page_size)])
     zstd = other_zstd()
     compressor = zstd.ZstdCompressor(level=1)
     return bytes(compressor.compress(data, mode=zstd.ZstdCompressor.FLUSH_BLOCK))
+
+
+def encode_page(method: str, page: bytes) -> bytes:
+    """A page as QPL or the Kunpeng's driver make it, raw where that is no shorter."""
+    if method == "qpl":
+        stream = zlib.compressobj(1, zlib.DEFLATED, -12, 8, zlib.Z_FIXED)
+        made = stream.compress(page) + stream.flush()
+    else:
+        stream = zlib.compressobj(1, zlib.DEFLATED, -12)
+        made = b"\x78\x9c" + stream.compress(page) + stream.flush() + struct.pack(">I", zlib.adler32(page))
+    return made if len(made) < len(page) else page
+
+
+def page_list(pages: Sequence[bytes]) -> bytes:
+    """The payload of methods qpl and uadk: lengths, then data."""
+    return struct.pack(f">{len(pages)}I", *map(len, pages)) + b"".join(pages)
+
+
+def read_page_list(payload: bytes, pages: int) -> list[bytes]:
+    """The pages' data."""
+    lengths = struct.unpack_from(f">{pages}I", payload)
+    assert 4 * pages + sum(lengths) == len(payload)
+    found, at = [], 4 * pages
+    for length in lengths:
+        found.append(payload[at : at + length])
+        at += length
+    return found
+
+
+def decode_page(method: str, data: bytes, page_size: int) -> bytes:
+    """As a device does it: within a window of 4 KiB, one whole stream."""
+    if len(data) == page_size:
+        return data
+    assert 0 < len(data) < page_size
+    if method.startswith("uadk"):
+        assert data[:2] == b"\x78\x9c"
+        assert len(zlib.decompress(data)) == page_size, "and its Adler-32"
+        data = data[2:-4]
+    # Byte by byte, since zlib looks further back than its window within the output of one call.
+    stream = zlib.decompressobj(-12)
+    page = bytearray()
+    while not stream.eof:
+        piece = stream.decompress(data, 1)
+        data = stream.unconsumed_tail
+        assert piece or stream.eof, "output missing"
+        page += piece
+    assert not stream.unused_data
+    assert len(page) == page_size
+    return bytes(page)
 
 
 def qatzip_member(data: bytes, level: int) -> bytes:
@@ -214,6 +270,8 @@ class PageDecoder:
             whole = gzip.decompress(payload)
             assert len(whole) == pages * page_size
             return [whole[at : at + page_size] for at in range(0, len(whole), page_size)]
+        if self.method.startswith(("qpl", "uadk")):
+            return [decode_page(self.method, data, page_size) for data in read_page_list(payload, pages)]
         assert self.stream is not None
         out = []
         data = payload

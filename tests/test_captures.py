@@ -39,8 +39,8 @@ def check(snapshot: Path, capture: Capture) -> None:
 def test_all_captures_are_here() -> None:
     if not SHARED_CAPTURES.exists():
         pytest.skip("../shared/captures is not there: only the captures in tests/ are tested")
-    assert len(load_captures(OWN_CAPTURES)) == 4
-    assert len(CAPTURES) == 11
+    assert len(load_captures(OWN_CAPTURES)) == 5
+    assert len(CAPTURES) == 13
 
 
 @every_capture

@@ -1,4 +1,4 @@
-"""none, zlib and zstd through their hooks: round trips, levels, bombs, cleanup."""
+"""The software compressors through their hooks: round trips, levels, bombs, cleanup."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from multifd.errors import CompressorError
 from multifd.hookspecs import Channel
 from pairs import PAGE, Pair
 
-NAMES = ["none", "zlib", "zstd", "qatzip-sw"]
+NAMES = ["none", "zlib", "zstd", "qatzip-sw", "qpl-sw", "uadk-sw"]
 
 
 def contents(mix: random.Random, page_size: int) -> list[bytes]:
@@ -51,6 +51,8 @@ def test_many_packets_on_one_stream(name: str, page_size: int) -> None:
         ("zlib", range(10)),
         ("zstd", [-100, -5, -1, 0, 1, 2, 3, 6, 10, 15, 19, 20]),
         ("qatzip-sw", range(1, 10)),
+        ("qpl-sw", range(1, 10)),
+        ("uadk-sw", range(1, 10)),
     ],
 )
 def test_levels_mean_what_their_users_expect(name: str, levels: Sequence[int]) -> None:
@@ -70,6 +72,8 @@ def test_levels_mean_what_their_users_expect(name: str, levels: Sequence[int]) -
         assert len(pages) < sizes[0] < len(pages) * 1.001, "level 0 stores"
         assert sizes[9] <= sizes[6] < sizes[3] < sizes[1]
         assert sizes[2] <= sizes[1] * 1.03, "both ISA-L's"
+    elif name in ("qpl-sw", "uadk-sw"):
+        assert sizes[9] <= sizes[6] < sizes[4] < sizes[3] < sizes[2] < sizes[1]
     elif name == "qatzip-sw":
         assert sizes[9] <= sizes[6] < sizes[4] < sizes[3] < sizes[2] <= sizes[1]
     else:
@@ -130,7 +134,8 @@ from multifd.errors import CompressorError
 
 name = sys.argv[1]
 content = bytes(1 << 30)
-first = b"x" * 4096
+page_size = 65536 if name in ("qpl-sw", "uadk-sw") else 4096
+first = b"x" * page_size
 if name == "zlib":
     stream = zlib.compressobj(9)
     warm = stream.compress(first) + stream.flush(zlib.Z_SYNC_FLUSH)
@@ -141,6 +146,13 @@ elif name == "qatzip-sw":
     deflated = stream.compress(content) + stream.flush()
     claim = struct.pack("<II", 512 * 1024, len(deflated))
     bomb = warm[:16] + claim + deflated + struct.pack("<II", 0, 512 * 1024)
+elif page_size == 65536:  # a length below a page: 64 MiB each
+    method = name.removesuffix("-sw")
+    warm = streams.encode(method, first, page_size)
+    stream = zlib.compressobj(9, zlib.DEFLATED, -12)
+    header = bytes.fromhex("789c") if method == "uadk" else b""
+    page = header + stream.compress(content[: 60 << 20]) + stream.flush()
+    bomb = streams.page_list([page] * 8)
 else:
     zstd = streams.other_zstd()
     options = {{zstd.CompressionParameter.compression_level: 1, zstd.CompressionParameter.window_log: 27}}
@@ -151,9 +163,9 @@ assert len(bomb) <= 1 << 20, len(bomb)
 del content, stream
 
 compressor, settings = plugins.select(plugins.Spec(name), sending=False)
-channel = compressor.channel(0, 4096, settings)
+channel = compressor.channel(0, page_size, settings)
 compressor.hook.multifd_recv_setup(channel=channel)
-assert pairs.decode(compressor, channel, warm, 4096) == first
+assert pairs.decode(compressor, channel, warm, page_size) == first
 
 def memory(what):
     return int(re.search(what + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])
@@ -170,7 +182,7 @@ print((memory("VmHWM") - before) / 1024)
 """
 
 
-@pytest.mark.parametrize("name", ["zlib", "zstd", "qatzip-sw"])
+@pytest.mark.parametrize("name", ["zlib", "zstd", "qatzip-sw", "qpl-sw", "uadk-sw"])
 def test_a_bomb_costs_less_than_8_mib(name: str) -> None:
     """A payload of at most 1 MiB that decodes to 1 GiB, in the middle of a stream."""
     tests = str(streams.__file__).rpartition("/")[0]

@@ -33,7 +33,7 @@ def tcp6() -> str:
     return "tcp:[::1]:0"
 
 
-@pytest.mark.parametrize("compressor", ["none", "zlib", "zstd", "qatzip-sw"])
+@pytest.mark.parametrize("compressor", ["none", "zlib", "zstd", "qatzip-sw", "qpl-sw", "uadk-sw"])
 @pytest.mark.parametrize("zero_pages", ["multifd", "legacy", "none"])
 @pytest.mark.parametrize(("uri", "channels"), [("unix", 1), ("tcp:127.0.0.1:0", 2), ("tcp6", 16)])
 def test_what_arrives_is_what_was_sent(work: Path, compressor: str, zero_pages: str, uri: str, channels: int) -> None:

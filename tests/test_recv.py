@@ -47,7 +47,7 @@ def refused(
     assert [path.name for path in work.iterdir()] == ["recording"], "nothing is left behind"
 
 
-@pytest.mark.parametrize("method", ["none", "zlib", "zstd", "qatzip"])
+@pytest.mark.parametrize("method", ["none", "zlib", "zstd", "qatzip", "qpl", "uadk"])
 @pytest.mark.parametrize("page_size", [4096, 16384, 65536])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_whole_stream_is_taken(work: Path, method: str, page_size: int, channels: int) -> None:
@@ -63,7 +63,7 @@ def test_a_whole_stream_is_taken(work: Path, method: str, page_size: int, channe
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("method", ["none", "zlib", "zstd", "qatzip"])
+@pytest.mark.parametrize("method", ["none", "zlib", "zstd", "qatzip", "qpl", "uadk"])
 def test_cut_at_every_byte(work: Path, method: str) -> None:
     stream = streams.small(method)
     if method == "none":

@@ -24,7 +24,7 @@ from multifd.errors import CallerError, MultifdError, PeerError
 from multifd.relay import STAGES, Relay, Relayed
 from multifd.snapshot import open_source
 
-METHODS = ["none", "zlib", "zstd", "qatzip-sw"]
+METHODS = ["none", "zlib", "zstd", "qatzip-sw", "qpl-sw", "uadk-sw"]
 
 
 class Relaying:

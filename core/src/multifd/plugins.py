@@ -31,6 +31,10 @@ OURS = {
     "zstd": "multifd-zstd",
     "qatzip": "multifd-qatzip",
     "qatzip-sw": "multifd-qatzip",
+    "qpl": "multifd-qpl",
+    "qpl-sw": "multifd-qpl",
+    "uadk": "multifd-uadk",
+    "uadk-sw": "multifd-uadk",
 }
 #: Chooses the best available compressor where memory is sent; takes whatever comes where it is received.
 AUTO = "auto"

@@ -1,0 +1,14 @@
+"""The compressor "qpl-sw": QEMU's qpl format without libqpl, on any machine."""
+
+from __future__ import annotations
+
+from multifd.flags import METHODS
+from multifd.hookspecs import Facts
+from multifd.pagelist import DEFAULT_LEVEL, LEVELS, SoftwareCompressor
+
+SUMMARY = "QEMU's qpl format in software, levels 1-9"
+
+plugin = SoftwareCompressor(
+    Facts("qpl-sw", "qpl", METHODS["qpl"], SUMMARY, LEVELS, DEFAULT_LEVEL),
+    wrapped=False,
+)
