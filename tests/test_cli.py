@@ -127,7 +127,7 @@ def test_usage_errors_exit_with_2(work: Path) -> None:
     fails(2, "invalid choice", *target, "--zero-pages", "some")
     fails(2, "timeout", *target, "--timeout", "-1")
     fails(2, "page size 5000 is none of", "receive", "tcp:127.0.0.1:0", "-o", work / "snap", "--page-size", "5000")
-    fails(2, "'adaptive' is reserved", *target, "--compressor", "adaptive")
+    fails(2, "adaptive has no option 'speed'", *target, "--compressor", "adaptive,speed=1")
 
 
 def test_errors_are_one_line_and_exit_with_1(work: Path) -> None:

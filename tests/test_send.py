@@ -12,7 +12,7 @@ import pytest
 
 import peers
 import streams
-from multifd import migrate
+from multifd import effort, migrate
 from multifd.errors import CallerError, CompressorError, HostError, MultifdError, PeerError, UsageError
 from multifd.snapshot import open_source
 
@@ -264,7 +264,7 @@ def test_a_payload_no_receiver_takes_is_not_sent(work: Path, monkeypatch: pytest
     from multifd import plugins
 
     huge = plugins.Compressor("huge", Huge(), "test 1")
-    monkeypatch.setattr(migrate, "select", lambda *_, **__: (huge, huge.settings({}, sending=True)))
+    monkeypatch.setattr(effort, "select", lambda *_, **__: (huge, huge.settings({}, sending=True)))
     there = peers.Keeping(2, b"")
     fails(
         work,
