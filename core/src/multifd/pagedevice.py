@@ -118,6 +118,8 @@ def prove(
         by_device = _read_back(pages, device.compress(pages), software, "the device compressed, software read")
     finally:
         device.close()
+    if not by_device:
+        raise DeviceError(f"the device compressed none of {count} pages")
     device = vendor.open(size, compressing=False)
     try:
         made = [Software(software.wrapped, level).compress(pages) for level in levels]

@@ -37,6 +37,8 @@ except ImportError:
 
 LEVELS = range(1, 10)
 DEFAULT_LEVEL = 1
+#: Every page raw; ISA-L at two levels; zlib at a tenth of the speed.
+LADDER = (0, 1, 2, 6)
 #: Level -> ISA-L's own; 0 has codes that are made beforehand, as the devices' are.
 ISAL_LEVELS = {1: 0, 2: 1} if isal_zlib else {}
 PROVIDER = "zlib+ISA-L" if isal_zlib else "zlib"
@@ -203,7 +205,7 @@ class SoftwareCompressor:
 
     @hookimpl
     def multifd_send_prepare(self, channel: Channel, pages: Sequence[memoryview]) -> Sequence[Buffer]:
-        raw = channel.options.get(RAW, False)
+        raw = channel.options.get(RAW, False) or channel.level == LADDER[0]
         return encode(channel, pages, None if raw else Software(self._wrapped, channel.level))
 
     @hookimpl

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from multifd.flags import METHODS
 from multifd.hookspecs import Facts
-from multifd.pagelist import DEFAULT_LEVEL, LEVELS, SoftwareCompressor
+from multifd.pagelist import DEFAULT_LEVEL, LADDER, LEVELS, SoftwareCompressor
 
 SUMMARY = "QEMU's qpl format in software, levels 1-9"
 
 plugin = SoftwareCompressor(
-    Facts("qpl-sw", "qpl", METHODS["qpl"], SUMMARY, LEVELS, DEFAULT_LEVEL),
+    Facts("qpl-sw", "qpl", METHODS["qpl"], SUMMARY, LEVELS, DEFAULT_LEVEL, ladder=LADDER),
     wrapped=False,
 )

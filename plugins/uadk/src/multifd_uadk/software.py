@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from multifd.flags import METHODS
 from multifd.hookspecs import Facts, Option
-from multifd.pagelist import DEFAULT_LEVEL, LEVELS, RAW, SoftwareCompressor
+from multifd.pagelist import DEFAULT_LEVEL, LADDER, LEVELS, RAW, SoftwareCompressor
 
 SUMMARY = "QEMU's uadk format in software, levels 1-9"
 RAW_OPTION = Option(RAW, False, "on: send every page as it is, for a QEMU without the device, which reads nothing else")
 
 plugin = SoftwareCompressor(
-    Facts("uadk-sw", "uadk", METHODS["uadk"], SUMMARY, LEVELS, DEFAULT_LEVEL, (RAW_OPTION,)),
+    Facts("uadk-sw", "uadk", METHODS["uadk"], SUMMARY, LEVELS, DEFAULT_LEVEL, (RAW_OPTION,), ladder=LADDER),
     wrapped=True,
 )
