@@ -230,7 +230,51 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("path", metavar="RECORDING|SNAPSHOT")
     command.set_defaults(run=_inspect)
+    _add_authors_commands(commands, common)
     return parser
+
+
+def _add_authors_commands(commands: Any, common: argparse.ArgumentParser) -> None:
+    """For those who write a compressor."""
+    command = commands.add_parser(
+        "conformance",
+        parents=[common],
+        help="check that a compressor keeps the contract",
+        description="Run every check of the conformance suite on one compressor, each in a process of its own.",
+    )
+    command.add_argument("compressor", metavar="NAME[,key=value...]", help="see `multifd compressors`")
+    command.add_argument("--check", metavar="CHECK", action="append", help="only this one; may be repeated")
+    command.set_defaults(run=_conformance)
+
+
+def _conformance(arguments: argparse.Namespace) -> int:
+    from multifd import plugins
+    from multifd.testing import checks, runner
+
+    spec = plugins.Spec.parse(arguments.compressor)
+    if spec.name not in plugins.names():
+        plugins.load(spec.name)  # says who is installed, and what is missing
+    wanted = {check.name: check for check in checks.CHECKS}
+    for name in arguments.check or ():
+        if name not in wanted:
+            raise UsageError(f"no check is named {name!r}; there are: {', '.join(wanted)}")
+    outcomes = []
+    for outcome in runner.run(spec, [wanted[name] for name in arguments.check or wanted]):
+        outcomes.append(outcome)
+        if not arguments.json:
+            lines = f"{outcome.check:<24}{outcome.result:<9}{outcome}".rstrip().splitlines()
+            print("\n    ".join(lines), flush=True)
+    results = [outcome.result for outcome in outcomes]
+    kept = not {runner.FAILED, runner.NOT_RUN} & set(results)
+    if arguments.json:
+        print(json.dumps({"compressor": spec.name, "passed": kept, "checks": list(map(asdict, outcomes))}, indent=2))
+        return int(not kept)
+    verdict = "it keeps the contract"
+    if not kept:
+        verdict = "it breaks the contract" if runner.FAILED in results else "not all of it could be checked"
+    counts = ", ".join(f"{results.count(result)} {result}" for result in dict.fromkeys(results))
+    print(f"{spec.name}: {counts}: {verdict}")
+    return int(not kept)
 
 
 def _seconds(text: str) -> float:

@@ -17,7 +17,8 @@ migration lasts, then cleanup.  After one has raised, only cleanup follows.
 
 What a channel needs is kept in its `compress_data`, so that channels share nothing that one of
 them changes.  A session leaves nothing behind: after cleanup its memory, descriptors and threads
-are released, and no view of a buffer that it was given is kept.
+are released, and no view of a buffer that it was given is kept.  It does not grow with the packets that
+it carries.
 
 An error is a `multifd.errors.CompressorError` with one line of text: what came, and what was
 expected.  Core adds the channel and the compressor's name.  Whatever else is raised ends the
@@ -105,7 +106,7 @@ class Probe:
 class Channel:
     """One channel in one direction, as its compressor sees it.
 
-    `id` is the channel's number from 0, `page_size` a power of two from 4 to 64 KiB.  `level` and
+    `id` is the channel's number from 0, `page_size` a power of two from 1 to 64 KiB.  `level` and
     `options` are the sender's settings, checked against the facts; receiving, `level` is None and
     `options` hold their defaults unless given.  `compress_data` is the compressor's own, None at
     set-up.  `next_packet_size` is the length in bytes of the payload `recv` has to read.  `counts`
