@@ -55,7 +55,7 @@ from multifd.testing.harness import (
 from multifd.wire import INIT, RamPacket, header_length
 
 #: Packets on one stream, and sessions one after another: enough that a leak of 4 KiB each shows.
-PACKETS = 3000
+PACKETS = 2000
 SESSIONS = 400
 #: Bytes of memory that a process may grow by meanwhile: the allocator's own ups and downs.
 SLACK = 1 << 20
@@ -408,7 +408,7 @@ def buffers_released(subject: Subject) -> None:
 def pages_untouched(subject: Subject) -> None:
     sender, _ = subject.pair()
     for number in range(6):
-        data = mixed(70 + number, 20)
+        data = mixed(70 + number, 19)
         buffer = bytearray(data)
         made = sender.prepare([memoryview(buffer).toreadonly()])
         if buffer != data:
@@ -462,7 +462,7 @@ def flipped(subject: Subject) -> None:
     mix = random.Random(14)
     for payload, pages in _samples(subject):
         size = 8 * len(payload)
-        for bit in [*range(min(256, size)), *(mix.randrange(size) for _ in range(60))]:
+        for bit in [*range(min(160, size)), *(mix.randrange(size) for _ in range(30))]:
             damaged = bytearray(payload)
             damaged[bit >> 3] ^= 1 << (bit & 7)
             _try(subject, bytes(damaged), len(pages), f"a good payload with bit {bit} flipped")
@@ -647,8 +647,7 @@ def _fail(end: Sender | Receiver, where: str, limit: AbstractContextManager[None
             getattr(end.compressor.hook, f"multifd_{end.direction}_setup")(channel=end.channel)
         except HOOK_ERRORS as error:
             result = describe(error)
-    for time in ("after", "twice after"):
-        end.clean_up(f"{time} a set-up that {result}")
+    end.clean_up(f"after a set-up that {result}")
     try:
         _no_more(before, Footprint.now(), called)
     except Broken as broken:
@@ -688,8 +687,8 @@ def threads(subject: Subject) -> None:
         try:
             ready.wait()
             sender, receiver = subject.pair(number=number)
-            for packet in range(40):
-                pages = memory[(number + packet) * PAGE :][: (1 + 3 * packet) * PAGE]
+            for packet in range(20):
+                pages = memory[(number + packet) * PAGE :][: (1 + 6 * packet) * PAGE]
                 _there_and_back(sender, receiver, pages, text=f"packet {packet + 1}, while {count} channels run")
             sender.clean_up()
             receiver.clean_up()

@@ -390,7 +390,7 @@ def no_libraries() -> None:
 
     Those of the standard library stay, and what is loaded already.
     """
-    own = Path(sysconfig.get_path("platstdlib"))
+    own = Path(sysconfig.get_path("stdlib"))
 
     def refuse(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "ctypes.dlopen" and arguments[0] is not None:
