@@ -338,18 +338,19 @@ class Expands(Good):
 
 
 @breaks("payload-stays")
-class OneScratchForAll(Good):
-    scratch = threading.local()
+class ClearsOthersBuffers(Good):
+    made = threading.local()
 
     @hookimpl
     def multifd_send_prepare(self, channel: Channel, pages: Sequence[memoryview]) -> Sequence[Buffer]:
         channel.compress_data["packets"] += 1
-        self.scratch.buffer = bytearray(self.encode(channel, b"".join(pages)))
-        return [memoryview(self.scratch.buffer)]
+        payload = bytearray(self.encode(channel, b"".join(pages)))
+        self.made.__dict__.setdefault("payloads", []).append(payload)
+        return [memoryview(payload)]
 
     def decode(self, channel: Channel, payload: bytes, length: int) -> bytes:
-        if hasattr(self.scratch, "buffer"):
-            self.scratch.buffer[:] = bytes(len(self.scratch.buffer))
+        for one in self.made.__dict__.pop("payloads", []):
+            one[:] = bytes(len(one))
         return super().decode(channel, payload, length)
 
 
@@ -434,16 +435,16 @@ class CountsPackets(Good):
         return HEAD.pack(channel.compress_data["packets"]) + super().encode(channel, data)
 
     def decode(self, channel: Channel, payload: bytes, length: int) -> bytes:
-        number = payload[: HEAD.size]
-        if number != HEAD.pack(channel.compress_data["packets"]) and number < HEAD.pack(5):
+        data = super().decode(channel, payload[HEAD.size :], length)
+        if payload[: HEAD.size] == HEAD.pack(channel.compress_data["packets"] + 1):
             raise KeyError("another packet")
-        return super().decode(channel, payload[HEAD.size :], length)
+        return data
 
 
 @breaks("truncated")
 class FillsUp(Good):
     def checked(self, data: bytes, stream: Any, length: int) -> bytes:
-        return data.ljust(length, b"\0") if not stream.eof else super().checked(data, stream, length)
+        return data.ljust(length, b"\0") if len(data) < length else super().checked(data, stream, length)
 
 
 @breaks("another-size")

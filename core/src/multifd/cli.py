@@ -246,6 +246,17 @@ def _add_authors_commands(commands: Any, common: argparse.ArgumentParser) -> Non
     command.add_argument("--check", metavar="CHECK", action="append", help="only this one; may be repeated")
     command.set_defaults(run=_conformance)
 
+    command = commands.add_parser(
+        "new-plugin",
+        parents=[common],
+        help="write the package of a new compressor",
+        description="Write a package with a compressor that works at once, to put another method into.",
+    )
+    command.add_argument("name", metavar="NAME", help="the compressor's name: METHOD, or METHOD-suffix")
+    command.add_argument("--cffi", action="store_true", help="as an example that binds a C library")
+    command.add_argument("--into", default=".", metavar="DIR", help="where its directory multifd-NAME goes (.)")
+    command.set_defaults(run=_new_plugin)
+
 
 def _conformance(arguments: argparse.Namespace) -> int:
     from multifd import plugins
@@ -262,7 +273,7 @@ def _conformance(arguments: argparse.Namespace) -> int:
     for outcome in runner.run(spec, [wanted[name] for name in arguments.check or wanted]):
         outcomes.append(outcome)
         if not arguments.json:
-            lines = f"{outcome.check:<24}{outcome.result:<9}{outcome}".rstrip().splitlines()
+            lines = f"{outcome.check:<24}{outcome.result:<11}{outcome}".rstrip().splitlines()
             print("\n    ".join(lines), flush=True)
     results = [outcome.result for outcome in outcomes]
     kept = not {runner.FAILED, runner.NOT_RUN} & set(results)
@@ -486,6 +497,18 @@ def _inspect(arguments: argparse.Namespace) -> int:
                 )
         elif value is not None:
             print(f"{key.replace('_', ' '):<19}{value}")
+    return 0
+
+
+def _new_plugin(arguments: argparse.Namespace) -> int:
+    from multifd import skeleton
+
+    path = skeleton.write(arguments.name, arguments.into, cffi=arguments.cffi)
+    if arguments.json:
+        print(json.dumps({"name": arguments.name, "path": str(path)}))
+        return 0
+    where = str(path) if path.is_absolute() else f"./{path}"
+    print(f"wrote {path}: pip install {where}, then multifd conformance {arguments.name}")
     return 0
 
 
