@@ -1,6 +1,6 @@
 """Cut the conformance suite's captures: the first packets of one channel of recorded migrations.
 
-    python tools/cut_captures.py CAPTURES
+    python tests/cut_captures.py CAPTURES
 
 CAPTURES is a directory of recordings (main.bin.zst, chK.bin.zst) of QEMU 10.0, one for each method
 that QEMU knows.  Writes `core/src/multifd/testing/captures`: each method's bytes as they were on
@@ -15,14 +15,13 @@ import json
 import struct
 import sys
 import zlib
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
-TOP = Path(__file__).parents[1]
-sys.path.insert(0, str(TOP / "tests"))
+import streams
 
-import streams  # noqa: E402
-
-INTO = TOP / "core" / "src" / "multifd" / "testing" / "captures"
+INTO = Path(__file__).parents[1] / "core" / "src" / "multifd" / "testing" / "captures"
 PAGE = 4096
 PACKETS = 3
 INIT = 64
@@ -44,20 +43,22 @@ def decoded(method: str, decoder: streams.PageDecoder, payload: bytes, pages: in
     return b"".join(found)
 
 
-def cut(capture: Path, method: str) -> tuple[bytes, list[str]]:
-    """The first PACKETS packets with normal pages of channel 0, and each one's SHA-256."""
-    data = streams.other_zstd().decompress((capture / "ch0.bin.zst").read_bytes())
+def packets(method: str, data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Each packet with normal pages: where it ends, and its pages."""
     decoder = streams.PageDecoder(method)
-    digests: list[str] = []
     at = INIT
-    while len(digests) < PACKETS:
+    while at < len(data):
         flags, _, normal, size = struct.unpack_from(">IIII", data, at + 8)
         at += streams.header_length(PAGE)
         if normal:
             assert flags >> 1 == streams.METHODS[method]
-            digests.append(hashlib.sha256(decoded(method, decoder, data[at : at + size], normal)).hexdigest())
             at += size
-    return data[:at], digests
+            yield at, decoded(method, decoder, data[at - size : at], normal)
+
+
+def digests(method: str, data: bytes) -> list[str]:
+    """The SHA-256 of each packet's pages."""
+    return [hashlib.sha256(pages).hexdigest() for _, pages in packets(method, data)]
 
 
 def main() -> None:
@@ -65,9 +66,11 @@ def main() -> None:
     found = {}
     for method in streams.METHODS:
         name = f"q100-{method}-2ch"
-        data, digests = cut(captures / name, method)
+        data = streams.other_zstd().decompress((captures / name / "ch0.bin.zst").read_bytes())
+        *_, (end, _) = islice(packets(method, data), PACKETS)
+        data = data[:end]
         (INTO / f"{method}.z").write_bytes(zlib.compress(data, 9))
-        found[method] = {"capture": name, "bytes": len(data), "page_size": PAGE, "sha256": digests}
+        found[method] = {"capture": name, "bytes": len(data), "page_size": PAGE, "sha256": digests(method, data)}
     (INTO / "captures.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
