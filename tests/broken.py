@@ -72,9 +72,9 @@ class Good:
         self.set_up(channel)
 
     def set_up(self, channel: Channel) -> None:
+        channel.compress_data = {"packets": 0}
         if not 9 <= int(channel.options["window"]) <= 15:
             raise CompressorError(f"window={channel.options['window']} is not 9 to 15")
-        channel.compress_data = {"packets": 0}
 
     @hookimpl
     def multifd_send_prepare(self, channel: Channel, pages: Sequence[memoryview]) -> Sequence[Buffer]:
@@ -514,8 +514,8 @@ class DecodesItAll(Good):
 class BelievesLengths(Good):
     def decode(self, channel: Channel, payload: bytes, length: int) -> bytes:
         if len(payload) > HEAD.size:
-            data = bytearray(HEAD.unpack_from(payload)[0] & 0x7FFFFFFF)
-            if len(data) != length:
+            claimed = HEAD.unpack_from(payload)[0]
+            if claimed >> 24 == 0x3F and len(bytearray(claimed)) != length:
                 raise CompressorError("another length")
         return super().decode(channel, payload, length)
 

@@ -669,8 +669,9 @@ def channels_apart(subject: Subject) -> None:
         for step in range(4):
             pages = [mixed(100 + 10 * number + 2 * step + which, 5) for which in (0, 1)]
             payloads = [sender.encode(data) for (sender, _), data in zip((first, second), pages, strict=True)]
-            for (_, receiver), payload, data in zip((first, second), payloads, pages, strict=True):
-                receiver.decode(payload, data, f"packet after another channel's, {len(payload)} bytes of payload")
+            for which in (1, 0):
+                text = f"packet after another channel's, {len(payloads[which])} bytes of payload"
+                (first, second)[which][1].decode(payloads[which], pages[which], text)
         for end in second:
             end.clean_up()
 
