@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import zlib
@@ -26,6 +27,7 @@ from multifd.testing.checks import CHECKS
 from multifd.testing.harness import Subject
 from multifd_qatzip import library
 
+TOP = Path(__file__).parents[1]
 #: A third of a second and more, each.
 SLOW = {"packet-sizes", "long-stream", "many-sessions", "many-packets", "expansion", "flipped", "bomb", "threads"}
 MULTIFD = [sys.executable, "-m", "multifd"]
@@ -93,6 +95,12 @@ def test_each_sentence_is_the_contracts() -> None:
     contract = " ".join(" ".join(filter(None, texts)).split())
     for check in CHECKS:
         assert check.sentence in contract, check.name
+
+
+def test_the_page_of_the_contract_is_up_to_date_and_has_every_hook() -> None:
+    subprocess.run([sys.executable, TOP / "tools" / "contract.py", "--check"], check=True, timeout=60)
+    headings = re.findall(r"^### (multifd_\w+)$", (TOP / "docs" / "plugins.md").read_text(), re.MULTILINE)
+    assert set(headings) == {name for name in vars(hookspecs) if name.startswith("multifd_")}
 
 
 def test_every_hook_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
