@@ -79,7 +79,7 @@ def outside(tmp_path_factory: pytest.TempPathFactory) -> Outside:
     return place
 
 
-@pytest.mark.parametrize("name", ["acme", "bound-z", "lz4"])
+@pytest.mark.parametrize("name", ["acme", "bound-z", "lz4", "none"])
 def test_they_pass_conformance(outside: Outside, name: str) -> None:
     last = outside.good("multifd", "conformance", name).splitlines()[-1]
     assert last.endswith(" not asked: it keeps the contract"), last

@@ -18,7 +18,7 @@ migration lasts, then cleanup.  After one has raised, only cleanup follows.
 What a channel needs is kept in its `compress_data`, so that channels share nothing that one of
 them changes.  A session leaves nothing behind: after cleanup its memory, descriptors and threads
 are released, and no view of a buffer that it was given is kept.  It does not grow with the packets that
-it carries.
+it carries.  What a library starts once for the whole process, at the first set-up, may stay.
 
 An error is a `multifd.errors.CompressorError` with one line of text: what came, and what was
 expected.  Core adds the channel and the compressor's name.  Whatever else is raised ends the
