@@ -283,7 +283,62 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--svg", metavar="FILE", help="draw migration time over bandwidth")
     command.set_defaults(run=_bench)
+    _add_authors_commands(commands, common)
     return parser
+
+
+def _add_authors_commands(commands: Any, common: argparse.ArgumentParser) -> None:
+    """For those who write a compressor."""
+    command = commands.add_parser(
+        "conformance",
+        parents=[common],
+        help="check that a compressor keeps the contract",
+        description="Run every check of the conformance suite on one compressor, each in a process of its own.",
+    )
+    command.add_argument("compressor", metavar="NAME[,key=value...]", help="see `multifd compressors`")
+    command.add_argument("--check", metavar="CHECK", action="append", help="only this one; may be repeated")
+    command.set_defaults(run=_conformance)
+
+    command = commands.add_parser(
+        "new-plugin",
+        parents=[common],
+        help="write the package of a new compressor",
+        description="Write a package with a compressor that works at once, to put another method into.",
+    )
+    command.add_argument("name", metavar="NAME", help="the compressor's name: METHOD, or METHOD-suffix")
+    command.add_argument("--cffi", action="store_true", help="as an example that binds a C library")
+    command.add_argument("--into", default=".", metavar="DIR", help="where its directory multifd-NAME goes (.)")
+    command.set_defaults(run=_new_plugin)
+
+
+def _conformance(arguments: argparse.Namespace) -> int:
+    from multifd import plugins
+    from multifd.testing import checks, runner
+
+    spec = plugins.Spec.parse(arguments.compressor)
+    if spec.name not in plugins.names():
+        plugins.load(spec.name)  # says who is installed, and what is missing
+    wanted = {check.name: check for check in checks.CHECKS}
+    for name in arguments.check or ():
+        if name not in wanted:
+            raise UsageError(f"no check is named {name!r}; there are: {', '.join(wanted)}")
+    outcomes = []
+    for outcome in runner.run(spec, [wanted[name] for name in arguments.check or wanted]):
+        outcomes.append(outcome)
+        if not arguments.json:
+            lines = f"{outcome.check:<24}{outcome.result:<11}{outcome}".rstrip().splitlines()
+            print("\n    ".join(lines), flush=True)
+    results = [outcome.result for outcome in outcomes]
+    kept = not {runner.FAILED, runner.NOT_RUN} & set(results)
+    if arguments.json:
+        print(json.dumps({"compressor": spec.name, "passed": kept, "checks": list(map(asdict, outcomes))}, indent=2))
+        return int(not kept)
+    verdict = "it keeps the contract"
+    if not kept:
+        verdict = "it breaks the contract" if runner.FAILED in results else "not all of it could be checked"
+    counts = ", ".join(f"{results.count(result)} {result}" for result in dict.fromkeys(results))
+    print(f"{spec.name}: {counts}: {verdict}")
+    return int(not kept)
 
 
 def _seconds(text: str) -> float:
@@ -596,6 +651,18 @@ def _print_table(table: Sequence[Sequence[str]], *, numbers: bool = False) -> No
 def _rewrite(text: str) -> None:
     """One line on the terminal instead of what stood there."""
     print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def _new_plugin(arguments: argparse.Namespace) -> int:
+    from multifd import skeleton
+
+    path = skeleton.write(arguments.name, arguments.into, cffi=arguments.cffi)
+    if arguments.json:
+        print(json.dumps({"name": arguments.name, "path": str(path)}))
+        return 0
+    where = str(path) if path.is_absolute() else f"./{path}"
+    print(f"wrote {path}: pip install {where}, then multifd conformance {arguments.name}")
+    return 0
 
 
 def _bytes(count: float) -> str:

@@ -1,11 +1,28 @@
-"""The hooks of a compressor, and what they receive and return.
+"""The hooks of a compressor, and what they receive and return: the contract.
 
-A compressor is a module (or any object) whose functions are marked with `hookimpl`, named by
-an entry point of group `multifd.compressors`; the entry point's name is the compressor's.
-Importing the module must work where its library is missing.
+A compressor is a module (or any object) whose functions are marked with `hookimpl`, named by an
+entry point of group `multifd.compressors`; the entry point's name is the compressor's.
+`multifd_compressor`, `multifd_probe`, `multifd_send_prepare` and `multifd_recv` must be there;
+set-up and cleanup may be left out where there is nothing to do.  A function takes those of its
+hook's arguments that it names.
 
-One channel in one direction belongs to one thread: its hooks are never called by two at once,
-and different channels run at the same time.
+Importing the module and asking it for its facts must work where no library can be loaded: a
+library, and a Python package that brings one along, is touched in the probe and in set-up.
+
+One channel in one direction belongs to one thread, from set-up to cleanup: its hooks are never
+called by two at once, and different channels run at the same time.  The facts and the probe may
+be asked for in any thread.  A channel's hooks come in this order: set-up once, then
+`multifd_send_prepare` or `multifd_recv` once for each packet with normal pages, as long as the
+migration lasts, then cleanup.  After one has raised, only cleanup follows.
+
+What a channel needs is kept in its `compress_data`, so that channels share nothing that one of
+them changes.  A session leaves nothing behind: after cleanup its memory, descriptors and threads
+are released, and no view of a buffer that it was given is kept.  It does not grow with the packets that
+it carries.  What a library starts once for the whole process, at the first set-up, may stay.
+
+An error is a `multifd.errors.CompressorError` with one line of text: what came, and what was
+expected.  Core adds the channel and the compressor's name.  Whatever else is raised ends the
+migration too, but is reported as a fault in the plugin.
 
 What goes on all the same but should be known (a device that gave up) a compressor tells with
 `warnings.warn(text, RuntimeWarning)`; the command line shows each text once.
@@ -37,7 +54,8 @@ OptionValue = bool | int | str
 class Option:
     """An option of a compressor, `--compressor NAME,key=value`.
 
-    The type is the default's: bool (on or off), int, or str.
+    The type is the default's: bool (on or off), int, or str.  Core checks the name and the type;
+    a value that the compressor cannot take is refused at set-up with CompressorError.
     """
 
     name: str
@@ -50,10 +68,12 @@ class Facts:
     """What a compressor says of itself without touching its library.
 
     `name` is the entry point's name: the method's, or METHOD-suffix.  `flag` is the method's
-    number in the compression field: QEMU's for its methods, 27..31 for third parties.
-    `levels` is the range of levels the sending side takes, None where there is no level.
-    `ladder` are levels that may follow each other on one channel while it runs, for `level=adaptive`,
-    the fastest first, which stores and need not be one of `levels`; empty where there can be none.
+    number in the compression field: QEMU's for its methods, 27..31 for third parties.  A flag of
+    QEMU's promises QEMU's payloads.  `summary` is one line for people.  `levels` is the range of
+    levels the sending side takes, every one of them, and `default_level` one of it; both are None
+    where there is no level.  `ladder` are levels that may follow each other on one channel while it
+    runs, for `level=adaptive`, the fastest first, which stores and need not be one of `levels`;
+    empty where there can be none.
     """
 
     name: str
@@ -69,7 +89,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What a compressor found on this machine.
+    """What a compressor found on this machine; every text is one line.
 
     `provider` names the library (`zlib, ISA-L`), `version` its version or versions, `hardware`
     says whether a device does the work, and `devices` which ones, for people.  Where it is not
@@ -90,13 +110,14 @@ class Probe:
 class Channel:
     """One channel in one direction, as its compressor sees it.
 
-    `id` is the channel's number from 0, `page_size` in bytes.  `level` and `options` are the
-    sender's settings, checked against the facts; receiving, `level` is None and `options` hold
-    their defaults unless given.  Where `live`, core may set another level of the ladder before any
-    packet, and the compressor leaves the level there that it used, if its stream cannot change
-    at once.  `compress_data` is the compressor's own, None at set-up.
-    `next_packet_size` is the length in bytes of the payload `recv` has to read.  `counts` is the
-    compressor's to fill: packets by the way they took; core adds up the channels' for the result.
+    `id` is the channel's number from 0, `page_size` a power of two from 1 to 64 KiB.  `level` and
+    `options` are the sender's settings, checked against the facts; receiving, `level` is None and
+    `options` hold their defaults unless given.  Where `live`, core may set another level of the
+    ladder before any packet, and the compressor leaves the level there that it used, if its stream
+    cannot change at once.  `compress_data` is the compressor's own, None at
+    set-up.  `next_packet_size` is the length in bytes of the payload `recv` has to read.  `counts`
+    is the compressor's to fill: the way that a packet took -> how many did; core adds up the
+    channels' for the result.
     """
 
     id: int
@@ -114,7 +135,7 @@ class Channel:
         self._read_into = read_into
 
     def read_into(self, buffer: memoryview | bytearray) -> None:
-        """Fill `buffer` with the next bytes of this packet's payload.
+        """Fill `buffer` with the next bytes of this packet's payload; as many calls as one likes.
 
         Raises ValueError for more than `next_packet_size` bytes in all, PeerError where the
         connection ends first.
@@ -127,21 +148,28 @@ class Channel:
 
 @hookspec(firstresult=True)
 def multifd_compressor() -> Facts:  # type: ignore[empty-body]
-    """Return the facts.  Called when the compressor is loaded; touches no library."""
+    """Return the facts, the same each time.
+
+    Called when the compressor is loaded; touches no library.
+    """
 
 
 @hookspec(firstresult=True)
 def multifd_probe(options: Mapping[str, OptionValue]) -> Probe:  # type: ignore[empty-body]
-    """Say whether the compressor works here with these options.  Called to list and to select it.
+    """Say whether the compressor works here with these options.
 
-    May load the library; leaves nothing running.  `options` holds all of the compressor's, the
-    defaults when it is listed.
+    Called to list the compressors, in a child process, and to select this one, in the process
+    that will use it.  `options` holds all of the compressor's, their defaults when it is listed.
+
+    May load the library; leaves nothing running or open, and nothing of the process changed.  The
+    answer is the same until the machine changes.  A library that is missing is an answer with its
+    `reason`, not an error.  Where it says that the compressor is available, set-up works.
     """
 
 
 @hookspec(firstresult=True)
 def multifd_send_setup(channel: Channel) -> None:
-    """Get one sending channel ready.  Called once, before its first packet with normal pages.
+    """Get one sending channel ready, in its thread, before its first packet.
 
     Keeps its state in `channel.compress_data`.  One that raises leaves nothing behind;
     `multifd_send_cleanup` is called all the same.
@@ -152,10 +180,15 @@ def multifd_send_setup(channel: Channel) -> None:
 def multifd_send_prepare(channel: Channel, pages: Sequence[memoryview]) -> Sequence[Buffer]:  # type: ignore[empty-body]
     """Turn one packet's normal pages into its payload.
 
-    `pages` are read-only views in packet order, neighbours joined into runs: 1 to
-    PACKET_SIZE bytes in all, a multiple of the page size; they are not valid after the call.
-    Returns the payload as buffers, at most MAX_PAYLOAD bytes together, which stay valid until
-    the next call on this channel or its cleanup; `pages` themselves may be returned.
+    `pages` are read-only views in packet order, neighbours joined into runs: 1 to PACKET_SIZE
+    (512 KiB) bytes in all, each a multiple of the page size.  Their bytes may not be changed.
+    They stay as they are until the next call on this channel or its cleanup, and hold other pages
+    after it: what is needed longer is copied.
+
+    Returns the payload as a sequence of bytes, bytearray or memoryview (of bytes): 1 to
+    MAX_PAYLOAD (1 MiB) bytes together, whatever the pages hold.  They stay valid until the next
+    call on this channel or its cleanup, whatever other channels do; `pages` themselves may be
+    returned.
     """
 
 
@@ -166,7 +199,7 @@ def multifd_send_cleanup(channel: Channel) -> None:
 
 @hookspec(firstresult=True)
 def multifd_recv_setup(channel: Channel) -> None:
-    """Get one receiving channel ready.  Called once, before its first packet with normal pages.
+    """Get one receiving channel ready, in its thread, before its first packet.
 
     One that raises leaves nothing behind; `multifd_recv_cleanup` is called all the same.
     """
@@ -177,9 +210,16 @@ def multifd_recv(channel: Channel, pages: memoryview) -> None:
     """Fill `pages` from one packet's payload.
 
     `pages` is one writable contiguous buffer of exactly the packet's normal pages, 1 to
-    PACKET_SIZE bytes.  Reads `channel.next_packet_size` bytes with `channel.read_into`; bytes
-    left unread are an error.  Fills all of `pages` or raises CompressorError, in bounded memory
-    whatever the payload claims.
+    PACKET_SIZE (512 KiB) bytes, with other bytes in it before; nothing in front of it or behind it
+    is written.  Gives back the sender's pages, byte for byte.
+
+    Reads the `channel.next_packet_size` (1 to 1 MiB) bytes of the payload with
+    `channel.read_into`; bytes of a payload that are left over are an error, whether they were read
+    or not.  A PeerError of `read_into` passes through unchanged.
+
+    A payload can be anything: fills all of `pages` or raises CompressorError.  A payload that
+    holds less than `pages`, or more, is an error.  Takes bounded memory, whatever the payload
+    claims or decodes to.
     """
 
 

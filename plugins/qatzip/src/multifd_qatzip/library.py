@@ -161,7 +161,10 @@ def _load() -> Library:
     machine = platform.machine()
     if machine != "x86_64":
         raise LibraryError(f"libqatzip exists for x86-64 only, this machine is {machine}")
-    from multifd_qatzip._libqatzip import ffi  # cffi's backend is a library too
+    try:
+        from multifd_qatzip._libqatzip import ffi  # cffi's backend is a library too
+    except ImportError as error:
+        raise LibraryError(str(error)) from error
 
     wanted = os.environ.get(SETTING) or SONAME
     flags = ffi.RTLD_NOW | ffi.RTLD_LOCAL
