@@ -48,6 +48,7 @@ class Good:
 
     method, flag = "toy", 31
     default_level = 0
+    ladder = (0, 1, 6)
     summary = "for tests"
 
     @property
@@ -57,7 +58,10 @@ class Good:
     @hookimpl
     def multifd_compressor(self) -> Facts:
         options = (Option("window", 15, "9 to 15"), Option("fast", False, "or not"), Option("note", "", "any text"))
-        return Facts(self.name, self.method, self.flag, self.summary, range(10), self.default_level, options)
+        levels = range(10)
+        return Facts(
+            self.name, self.method, self.flag, self.summary, levels, self.default_level, options, ladder=self.ladder
+        )
 
     @hookimpl
     def multifd_probe(self) -> Probe:
@@ -613,6 +617,15 @@ class CannotLevel7(Good):
         super().set_up(channel)
         if channel.level == 7:
             raise CompressorError("level 7 is not implemented")
+
+
+@breaks("ladder")
+class CannotClimb(Good):
+    def encode(self, channel: Channel, data: bytes) -> bytes:
+        level = channel.compress_data.setdefault("level", channel.level)
+        if channel.live and channel.level > level:
+            raise CompressorError(f"level {channel.level} after {level}")
+        return super().encode(channel, data)
 
 
 @breaks("options")

@@ -210,20 +210,27 @@ def test_the_captures_are_what_another_decoder_finds(method: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "not_asked"),
-    [("none", {"levels", "options"}), ("zlib", {"options"}), ("zstd", {"options"}), ("qatzip-sw", {"options"})],
+    [
+        ("none", {"levels", "ladder", "options"}),
+        ("zlib", {"options"}),
+        ("zstd", {"options"}),
+        ("qatzip-sw", {"options"}),
+        ("qpl-sw", {"options"}),
+        ("uadk-sw", set()),
+    ],
 )
 def test_ours_keep_the_contract(name: str, not_asked: set[str]) -> None:
     kept(conformance(name), *not_asked)
 
 
 def test_qatzip_keeps_it_in_software(libqatzip: Path) -> None:
-    kept(conformance("qatzip", env=os.environ | {library.SETTING: str(libqatzip)}))
+    kept(conformance("qatzip", env=os.environ | {library.SETTING: str(libqatzip)}), "ladder")
 
 
 @pytest.mark.parametrize("settings", ["", ",sw-fallback=off"])
 def test_qatzip_keeps_it_on_a_device(standin: Path, settings: str) -> None:
     env = os.environ | {library.SETTING: str(standin), "FAKE_QAT_INSTANCES": "4"}
-    kept(conformance(f"qatzip{settings}", env=env))
+    kept(conformance(f"qatzip{settings}", env=env), "ladder")
 
 
 def test_qatzip_without_its_library_is_not_run(tmp_path: Path) -> None:

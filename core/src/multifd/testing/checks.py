@@ -730,6 +730,24 @@ def levels(subject: Subject) -> None:
         receiver.clean_up()
 
 
+@check("Where `live`, core may set another level of the ladder before any packet")
+def ladder(subject: Subject) -> None:
+    steps = subject.compressor.facts.ladder or _not_asked("it has no ladder")
+    assert subject.ready
+    sender, receiver = subject.ends()
+    sender.channel.live = True
+    for end in (sender, receiver):
+        end.set_up()
+    mix = random.Random(25)
+    for number in range(30):
+        sender.channel.level = mix.choice(steps)
+        _there_and_back(sender, receiver, mixed(number, full()), text=f"packet {number} of changing levels")
+        if sender.channel.level not in steps:
+            raise Broken(f"multifd_send_prepare({sender.text()})", f"left a level that is none of its ladder {steps}")
+    for end in (sender, receiver):
+        end.clean_up()
+
+
 def _not_asked(reason: str) -> NoReturn:
     raise NotAsked(reason)
 
