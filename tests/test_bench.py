@@ -216,7 +216,7 @@ def test_the_recommendation_on_an_image(tmp_path: Path) -> None:
     image.write_bytes(text(64 * PAGE))
     told: list[str] = []
     measured = bench.bench(image, cores=1, on_setting=told.append)
-    assert told == [row.text for row in measured.rows if row.compressor != "qatzip" or row.level]
+    assert told == [row.text for row in measured.rows if row.sampled_bytes]
     assert measured.recommend(math.inf).compressor == "none"
     slow = measured.recommend(1e6)
     assert slow.ratio > 0.9 * max(row.ratio for row in measured.measured) > 3
