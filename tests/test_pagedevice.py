@@ -249,3 +249,17 @@ print(re.findall(r"libqpl|libwd|_cffi_backend", open("/proc/self/maps").read()))
 """
     command: Sequence[str] = [sys.executable, "-c", code]
     assert subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("method", ["qpl", "uadk"])
+def test_without_cffis_backend_the_probe_says_so(method: str) -> None:
+    code = f"""
+import sys
+sys.modules["_cffi_backend"] = None
+from multifd import plugins
+found = plugins.load({method!r})
+print(found.probe(found.settings({{}}, sending=True)).reason)
+"""
+    command: Sequence[str] = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "_cffi_backend" in result.stdout

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from typing import Any, Protocol, TypeVar
 
 from multifd.errors import CompressorError, HostError
@@ -58,11 +59,16 @@ class Vendor(Protocol):
         """Get the device ready for one channel in one direction; the codec raises DeviceError, and so may this."""
 
 
-def open_library(ffi: Any, setting: str, soname: str, functions: Iterable[str]) -> Any:
+def open_library(bindings: str, setting: str, soname: str, functions: Iterable[str]) -> tuple[Any, Any]:
     """Load a library by its soname, or by the absolute path in the environment's `setting`, for good.
 
-    Raises LibraryError with the loader's own words, for another soname, and for a missing function.
+    `bindings` is the module that cffi generated.  Returns the library and cffi's `ffi`.  Raises LibraryError
+    with the loader's own words, for another soname, and for a missing function.
     """
+    try:
+        ffi = import_module(bindings).ffi  # cffi's backend is a library too
+    except ImportError as error:
+        raise LibraryError(f"{bindings}: {error}") from None
     wanted = os.environ.get(setting) or soname
     if wanted != soname and not os.path.isabs(wanted):
         raise LibraryError(f"{setting}={wanted} is not an absolute path")
@@ -81,7 +87,7 @@ def open_library(ffi: Any, setting: str, soname: str, functions: Iterable[str]) 
             getattr(library, name)
         except (AttributeError, ffi.error):
             raise LibraryError(f"{wanted} has no {name}") from None
-    return library
+    return library, ffi
 
 
 #: Never unloaded: threads of theirs may still run.

@@ -628,7 +628,8 @@ class Relay:
         `uuid` replaces the guest's, 16 bytes; `channels` is the most that a source may use.
         `drop_switchover_start` takes out a command that destinations before 10.0 refuse;
         `find_zero_pages` looks for zero pages that the source sent as normal ones, for destinations of 9.0
-        and newer with fresh memory.  `listen_tls_creds` and `connect_tls_creds` are directories of
+        and newer with fresh memory; towards uadk in the first round only, since QEMU's clears no page
+        that came before.  `listen_tls_creds` and `connect_tls_creds` are directories of
         certificates as `multifd.tls` wants them, for either leg, plain without; `connect_tls_hostname` is
         what the destination's has to name where that is not `to_uri`'s host.  `timeout`, in seconds, is how
         long nothing may move while somebody waits.  `observe` are those that look on, each `NAME[=ARG]`

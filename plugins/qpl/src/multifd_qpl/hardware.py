@@ -73,10 +73,8 @@ class Libqpl:
 
     def load(self) -> str:
         """Load libqpl, check it once, and return its version.  Starts no device."""
-        from multifd_qpl._libqpl import ffi  # cffi's backend is a library too
-
         if self._lib is None:
-            lib = open_library(ffi, SETTING, SONAME, FUNCTIONS)
+            lib, ffi = open_library("multifd_qpl._libqpl", SETTING, SONAME, FUNCTIONS)
             _check_layout(lib, ffi)
             self._ffi, self._lib = ffi, lib
         return str(self._ffi.string(self._lib.qpl_get_library_version()).decode())

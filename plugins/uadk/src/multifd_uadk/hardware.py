@@ -64,10 +64,8 @@ class Libwd:
         return os.path.basename(os.path.realpath(_path())).partition(".so.")[2] or "of unknown version"
 
     def _load(self) -> None:
-        from multifd_uadk._libwd_comp import ffi  # cffi's backend is a library too
-
         if self._lib is None:
-            self._lib, self._ffi = open_library(ffi, SETTING, SONAME, FUNCTIONS), ffi
+            self._lib, self._ffi = open_library("multifd_uadk._libwd_comp", SETTING, SONAME, FUNCTIONS)
 
     def open(self, page_size: int, *, compressing: bool) -> Session:
         """A session for one channel in one direction.  Raises DeviceError where there is no device."""
