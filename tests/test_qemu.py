@@ -75,8 +75,8 @@ def test_receive(start: Start, work: Path, release: str, method: str, channels: 
 
 
 @pytest.mark.parametrize("release", RELEASES)
-@pytest.mark.parametrize("method", METHODS)
-def test_send(start: Start, work: Path, release: str, method: str) -> None:
+@pytest.mark.parametrize("compressor", [*METHODS, "zstd,level=-1", "zstd,level=3"])
+def test_send(start: Start, work: Path, release: str, compressor: str) -> None:
     """Captured from one, restored into another with other settings."""
     source = start(release, "source")
     source.fill(content())
@@ -85,9 +85,9 @@ def test_send(start: Start, work: Path, release: str, method: str) -> None:
     source.monitor.command("migrate", uri=job.uri)
     job.join()
     target = start(release, "target", incoming=True)
-    target.prepare(channels=4, method=method)
+    target.prepare(channels=4, method=compressor.partition(",")[0])
     target.monitor.command("migrate-incoming", uri=f"unix:{work}/incoming")
-    migrate.send(open_source(work / "snap"), f"unix:{work}/incoming", method, channels=4)
+    migrate.send(open_source(work / "snap"), f"unix:{work}/incoming", compressor, channels=4)
     target.wait("completed")
     assert target.ram.read_bytes() == content()
 

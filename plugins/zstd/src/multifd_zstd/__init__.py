@@ -1,8 +1,8 @@
 """The compressor "zstd": frames of many packets, a block flushed at the end of each packet.
 
 QEMU feeds the library page by page into one frame per channel; this takes a whole packet per
-call, and at level 1 begins a new frame when the window is full: until then the library has all of
-it in one piece, and looks for matches without minding where its buffer wraps (a tenth less time).
+call, and at some levels begins a new frame when the window is full: until then the library has
+all of it in one piece, and looks for matches without minding where its buffer wraps (a tenth less time).
 Level 0 is the library's default; negative levels are faster than 1.
 """
 
@@ -35,9 +35,14 @@ FRAME_MAGIC = 0xFD2FB528
 EMPTY_BLOCK = bytes(3)
 EMPTY_FRAME = struct.pack("<II", 0x184D2A50, 0)
 
-#: Level -> settings that make 4 % fewer bytes of real memory than its own (level 1: window_log 19, hash_log 14,
-#: min_match 7), in less time with frames of a window's length; measured on the bench's image.
-TUNED = {1: {"window_log": 22, "hash_log": 15, "min_match": 6}}
+#: Level -> settings that make fewer bytes of real memory than its own, or as many in less time; each with frames of a
+#: window's length.  docs/streams.md has the numbers of four images.  Level 0 is 3.
+TUNED = {
+    -1: {"window_log": 22, "hash_log": 14, "min_match": 5},
+    1: {"window_log": 22, "hash_log": 15, "min_match": 6},
+    3: {"window_log": 22, "hash_log": 17, "chain_log": 16, "min_match": 5},
+}
+TUNED[0] = TUNED[3]
 
 
 #: The first finds nothing in most memory and passes it on in raw blocks.
