@@ -46,7 +46,7 @@ TUNED[0] = TUNED[3]
 
 
 #: The first finds nothing in most memory and passes it on in raw blocks.
-LADDER = (-131072, -20, 1, 3, 6, 9)
+LADDER = (-131072, -20, -1, 1, 3, 6, 9)
 
 
 @dataclass(slots=True)
