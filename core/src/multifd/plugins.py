@@ -51,6 +51,9 @@ DISABLE = "MULTIFD_DISABLE"
 #: Seconds a probe in a child process may take before it counts as hanging.
 PROBE_TIMEOUT = 10.0
 
+#: Compressors whose times differ by less are as fast, on a machine that others use too.
+SAME_SPEED = 1.3
+
 #: What a plugin may raise instead of returning; Ctrl-C is not its own.
 HOOK_ERRORS = (Exception, SystemExit)
 
@@ -451,6 +454,7 @@ def names_accepted(methods: Collection[str] | None) -> list[str]:
 def best(sample: bytes, page_size: int = DEFAULT_PAGE_SIZE, methods: Collection[str] | None = None) -> str:
     """The name of the best available compressor: hardware first, then the fastest on a sample of memory.
 
+    Of those about as fast, it is the one that makes the fewest bytes.
     One that does not make the sample smaller comes last, so `none` is chosen where nothing does.
     `methods` are those that the peer accepts, None for all.  An empty sample stands for some
     memory or other.  Raises HostError where none works here, UsageError for a method nobody has.
@@ -462,12 +466,18 @@ def best(sample: bytes, page_size: int = DEFAULT_PAGE_SIZE, methods: Collection[
         reasons = "; ".join(f"{row['name']}: {row['reason']}" for row in rows) or "none is installed"
         raise HostError(f"{AUTO}: no compressor that the peer accepts works here: {reasons}")
 
-    def rank(row: Mapping[str, Any]) -> tuple[bool, bool, bool, float]:
+    def rank(row: Mapping[str, Any]) -> tuple[bool, bool, bool]:
         if row["ratio"] <= 1:
-            return True, False, False, row["seconds"]
-        return False, not row["hardware"], row["reason"] != "", row["seconds"]
+            return True, False, False
+        return False, not row["hardware"], row["reason"] != ""
 
-    return str(min(working, key=rank)["name"])
+    first = min(map(rank, working))
+    equals = [row for row in working if rank(row) == first]
+    fastest = min(row["seconds"] for row in equals)
+    # Of those about as fast, the one that makes the fewest bytes.
+    return str(
+        max((row for row in equals if row["seconds"] <= SAME_SPEED * fastest), key=lambda row: row["ratio"])["name"]
+    )
 
 
 def _own_sample() -> bytes:
