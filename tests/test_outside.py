@@ -128,7 +128,9 @@ def test_a_migration_through_a_relay(outside: Outside, source: str, target: str)
             there,
         ),
         outside.serving(
-            "relay", "--listen", "tcp:127.0.0.1:0", "--connect", there, "--to", target, "--migrations", 1
+            # Both skeletons have flag 31: which of their methods it is has to be said.
+            *("relay", "--listen", "tcp:127.0.0.1:0", "--connect", there, "--migrations", 1),
+            *("--from", source, "--to", target),
         ) as (relay, here),
     ):
         outside.good("multifd", "send", "image.raw", here, "--compressor", source)
