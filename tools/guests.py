@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -196,7 +197,7 @@ def run(folder: Path, disk: Path, name: str) -> Path:
     qemu = Qemu("10.0", folder, name, mib=MIB, more=more)
     try:
         qemu.monitor.command("cont")
-        while "\nready" not in (text := serial.read_text(errors="replace")):
+        while not re.search(r"^ready\r?$", text := serial.read_text(errors="replace"), re.MULTILINE):
             failed = any(word in text for word in ("panic", "Traceback", "Out of memory"))
             if failed or qemu.process.poll() is not None or time.monotonic() > deadline:
                 sys.exit(f"{text[-2000:]}\nguests.py: the guest {name} is not ready {qemu.log.read_text()}")
