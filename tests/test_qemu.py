@@ -75,7 +75,7 @@ def test_receive(start: Start, work: Path, release: str, method: str, channels: 
 
 
 @pytest.mark.parametrize("release", RELEASES)
-@pytest.mark.parametrize("compressor", [*METHODS, "zstd,level=-1", "zstd,level=3"])
+@pytest.mark.parametrize("compressor", [*METHODS, "zstd,level=-1", "zstd,level=2", "zstd,level=3"])
 def test_send(start: Start, work: Path, release: str, compressor: str) -> None:
     """Captured from one, restored into another with other settings."""
     source = start(release, "source")

@@ -40,6 +40,7 @@ EMPTY_FRAME = struct.pack("<II", 0x184D2A50, 0)
 TUNED = {
     -1: {"window_log": 22, "hash_log": 14, "min_match": 5},
     1: {"window_log": 22, "hash_log": 15, "min_match": 6},
+    2: {"window_log": 22, "hash_log": 17, "min_match": 6},
     3: {"window_log": 22, "hash_log": 17, "chain_log": 16, "min_match": 5},
 }
 TUNED[0] = TUNED[3]
