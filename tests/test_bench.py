@@ -83,6 +83,11 @@ class Found:
         return {row["setting"]: row for row in self.report["settings"]}
 
 
+def unexpected(stderr: str) -> list[str]:
+    """What was said, but for a qatzip that is here without its device."""
+    return [line for line in stderr.splitlines() if "qatzip works in software" not in line]
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """One run over everything: it takes the time of a dozen settings."""
@@ -94,7 +99,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     write_image(image)
     svg = folder / "time.svg"
     result = site.run("-m", "multifd", "bench", str(image), "--json", "--svg", str(svg), "--link", "2.5Gbit/s")
-    assert (result.returncode, result.stderr) == (0, "")
+    assert (result.returncode, unexpected(result.stderr)) == (0, [])
     return Found(json.loads(result.stdout), svg.read_text())
 
 
@@ -225,7 +230,7 @@ def test_the_recommendation_on_an_image(tmp_path: Path) -> None:
 def test_for_people(tmp_path: Path) -> None:
     (tmp_path / "image.raw").write_bytes(text(32 * PAGE) + bytes(32 * PAGE))
     result = run("bench", tmp_path / "image.raw", "--cores", "1")
-    assert (result.returncode, result.stderr) == (0, "")
+    assert (result.returncode, unexpected(result.stderr)) == (0, [])
     lines = result.stdout.splitlines()
     assert lines[0].endswith(
         "image.raw: 256.0 KiB, 50% of it zero pages; measured on 128.0 KiB of the others, in 1 packet"

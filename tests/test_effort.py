@@ -158,10 +158,11 @@ def test_the_level_may_change_before_any_packet(name: str) -> None:
     "how", ["zlib,level=adaptive", "zstd,level=auto", "qatzip-sw,level=adaptive", "adaptive", "auto"]
 )
 def test_memory_arrives_whole_over_a_slow_link(work: Path, how: str) -> None:
-    content = qatdriver.image()[: 6 << 20] + random.Random(5).randbytes(2 << 20)
+    # More than the sockets take before the link is known.
+    content = qatdriver.image() * 4 + random.Random(5).randbytes(2 << 20)
     (work / "image.raw").write_bytes(content)
     there = peers.Receiving(work / "snap", channels=2)
-    link = peers.SlowLink(there.uri, 3 << 20)
+    link = peers.SlowLink(there.uri, 8 << 20)
     try:
         sent = migrate.send(open_source(work / "image.raw"), link.uri, how)
         there.join()

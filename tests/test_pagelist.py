@@ -57,7 +57,7 @@ def test_a_device_can_read_what_it_writes(method: str, page_size: int, level: in
     far = mix.randbytes(page_size // 2) * 2
     noise = mix.randbytes(page_size)
     memory = qatdriver.image()
-    pages = [memory[:page_size], memory[2 << 20 :][:page_size], far, noise, bytes(page_size)]
+    pages = [memory[:page_size], memory[page_size:][:page_size], far, noise, bytes(page_size)]
     data = streams.read_page_list(pair.encode([b"".join(pages[:2]), b"".join(pages[2:])]), len(pages))
     assert [streams.decode_page(method, made, page_size) for made in data] == pages
     assert data[3] == noise
@@ -292,4 +292,4 @@ def test_send_to_uadk_without_its_device(work: Path, zero_pages: str) -> None:
     destination = WithoutDevice(len(content))
     destination.take(there.channels[0], PAGE)
     assert destination.memory == content
-    assert (destination.zero_entries > 100) == (zero_pages == "multifd")
+    assert (destination.zero_entries > 50) == (zero_pages == "multifd")
