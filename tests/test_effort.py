@@ -33,10 +33,9 @@ class Simulated:
 
     name = "simulated"
 
-    def measure(self, settings: Settings, data: memoryview, _: int) -> tuple[float, int]:
+    def measure(self, settings: Settings, *_: object) -> tuple[float, float]:
         assert settings.level is not None
-        seconds, ratio = COSTS[settings.level]
-        return seconds * len(data), int(ratio * len(data))
+        return COSTS[settings.level]
 
 
 @dataclass
@@ -69,7 +68,7 @@ class World:
             seconds, ratio = COSTS[level]
             self.log.append((self.now, level))
             began, self.now = self.now, self.now + seconds * PACKET
-            self.effort.note(rung.compressor, level, PACKET, int(ratio * PACKET), self.now - began)
+            self.effort.note(rung.compressor, level, PACKET, int(ratio * PACKET), self.now - began, 0.0)
             self._free = max(self._free, self.now) + max(ratio * PACKET / self.link, PACKET / self.peer)
             room = self._free - BUFFER / self.link  # what the sockets hold is on its way
             heapq.heappush(self._due, (max(self.now, room), channel))

@@ -6,7 +6,7 @@ ends, where each packet says its method).  What each rung costs and saves is mea
 memory itself, a sample every few seconds; what the link carries, on the packets.  The rung is then
 the one with which the memory passes fastest:
 
-    bytes of pages per second = min(threads / seconds to encode a byte, link / payload per byte)
+    bytes of pages per second = min(threads / (seconds to encode a byte + to handle it), link / payload per byte)
 
 A rung is left for one that promises a tenth more.  What it then really does is believed before what
 was expected: the other side may be busy with the pages and not with their bytes, or with the same
@@ -47,10 +47,11 @@ PATIENCE = 10.0
 #: What another rung has to promise, and by how much a rung's own rate changes where everything did.
 GAIN = 1.1
 SHIFT = 1.6
-#: Above this share of their time in the compressor the channels do not wait for the link.
-BUSY = 0.7
-#: Bytes of pages that every rung is measured on.
-SAMPLE = 64 * 1024
+#: Above this share of their time at work the channels do not wait for the link; below the other for nothing else.
+BUSY = 0.75
+IDLE = 0.4
+#: Bytes of pages that every rung is measured on, half of them to get going.
+SAMPLE = 128 * 1024
 #: A look at a packet takes so many of its bytes.  Of 256 random ones 162 differ, 6 more or less; of text about 50, of
 #: machine code about 110.
 LOOK = 256
@@ -133,6 +134,7 @@ class _Interval:
     packets: int = 0
     payload: int = 0
     encode: float = 0.0
+    handle: float = 0.0
     own_pages: int = 0
     own_payload: int = 0
     own_encode: float = 0.0
@@ -163,7 +165,6 @@ class Effort:
         self._channels = 0
         self._settled = False
         self._skip = False
-        self._begun = False
         self._measured = -math.inf
         self._interval = _Interval(math.inf)
         self._link = math.inf
@@ -171,6 +172,7 @@ class Effort:
         self._patience = PATIENCE
         self._slower = 1.0
         self._larger = 1.0
+        self._handle = 0.0
         self._seen: dict[Rung, _Seen] = {}
 
     def join(self) -> None:
@@ -193,8 +195,13 @@ class Effort:
                 self._lock.release()
         return self._store if looks_random(pages) else self._now
 
-    def note(self, compressor: Compressor, level: int | None, pages: int, payload: int, encode: float) -> None:
-        """A packet is on its way: what made it, bytes of its pages and of its payload, seconds in the compressor."""
+    def note(
+        self, compressor: Compressor, level: int | None, pages: int, payload: int, encode: float, handle: float
+    ) -> None:
+        """A packet is on its way: what made it, bytes of its pages and of its payload, seconds in the compressor.
+
+        `handle` are seconds of CPU time since the channel's last packet for everything else: reading, writing.
+        """
         with self._lock:
             now = self._clock()
             interval = self._interval
@@ -202,6 +209,7 @@ class Effort:
             interval.pages += pages
             interval.payload += payload
             interval.encode += encode
+            interval.handle += handle
             rung = self._now
             self.used[compressor.name if level is None else f"{compressor.name} level {level}"] += 1
             if compressor is rung.compressor and level == rung.settings.level:
@@ -222,8 +230,7 @@ class Effort:
     def _measure(self, data: bytes, page_size: int) -> None:
         first = self._measured == -math.inf
         for rung in self.rungs:
-            seconds, size = rung.compressor.measure(rung.settings, memoryview(data), page_size)
-            seconds, ratio = seconds / len(data), size / len(data)
+            seconds, ratio = rung.compressor.measure(rung.settings, memoryview(data), page_size)
             # One sample is not all of the memory.
             rung.seconds = seconds if first else (rung.seconds + seconds) / 2
             rung.ratio = ratio if first else (rung.ratio + ratio) / 2
@@ -242,15 +249,15 @@ class Effort:
         elapsed = now - interval.started
         rate = interval.pages / elapsed
         wire = interval.payload / elapsed
-        busy = interval.encode / (self._channels * elapsed)
+        busy = (interval.encode + interval.handle) / (self._channels * elapsed)
+        self._handle = interval.handle / interval.pages
         # By how much this machine at work and this memory differ from the measurement; storing tells nothing.
         if current is not self._store and interval.own_pages:
             self._slower = interval.own_encode / interval.own_pages / current.seconds
             self._larger = interval.own_payload / interval.own_pages / current.ratio
         if busy < BUSY:
-            if abs(wire - self._link) > self._link / 10:
-                self._patience = PATIENCE
-            self._link, self._link_since = wire, now
+            before = self._link if busy >= IDLE and self._link != math.inf else 0.0
+            self._link, self._link_since = max(wire, before), now
         elif now - self._link_since > self._patience:
             self._link, self._link_since = math.inf, now
             self._patience *= 2
@@ -259,9 +266,7 @@ class Effort:
         known = self._seen.get(current)
         if known is not None and not known.rate / SHIFT < rate < known.rate * SHIFT:
             self._seen.clear()  # another link, or another memory
-        if self._begun:
-            self._seen[current] = _Seen(rate, now + self._patience)
-        self._begun = True  # at first the connections' buffers take more than the link
+        self._seen[current] = _Seen(rate, now + self._patience)
         best = max(self.rungs, key=lambda rung: self._promise(rung, busy, now))
         if best is not current and self._promise(best, busy, now) >= GAIN * rate:
             self._now = best
@@ -277,7 +282,7 @@ class Effort:
         seconds = rung.seconds * self._slower
         # Measured while so many threads were at it; more of them than there are cores take turns.
         crowd = max(1.0, busy * self._channels / self._cores)
-        encoding = min(self._channels, self._cores) / (seconds / crowd)
+        encoding = min(self._channels, self._cores) / (seconds / crowd + self._handle)
         ratio = rung.ratio if rung is self._store else rung.ratio * self._larger
         return min(encoding, self._link / ratio)
 
