@@ -56,9 +56,9 @@ class World:
         for _ in self._due:
             self.effort.join()
 
-    def run(self, until: float) -> float:
+    def run(self, until: float, data: bytes = bytes(PACKET)) -> float:
         """Send packets until then; bytes of pages per second."""
-        page = [memoryview(bytes(PACKET))]
+        page = [memoryview(data)]
         start, sent = self.now, 0
         while self._due[0][0] < until:
             self.now, channel = heapq.heappop(self._due)
@@ -108,6 +108,15 @@ def test_it_follows_a_link_that_changes() -> None:
     world.link = 12.5e6
     world.run(24)
     assert min(world.levels(23)) >= 3
+
+
+def test_memory_that_begins_with_noise() -> None:
+    """It says nothing about the rest."""
+    world = World(12.5e6)
+    world.run(3, random.Random(6).randbytes(PACKET))
+    assert world.levels(0) == {0}
+    world.run(6)
+    assert min(world.levels(5)) >= 3
 
 
 def test_a_peer_that_is_slow_with_the_pages_gets_no_harder_work() -> None:
@@ -191,6 +200,15 @@ def test_adaptive_needs_one_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("multifd.effort.probe_all", lambda _: [])
     with pytest.raises(HostError, match="adaptive: no compressor that the peer accepts works here"):
         Choice.parse("adaptive,accepts=uadk", bytes)
+
+
+def test_one_compressor_for_each_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The receiver has one decoder for a flag: two that take turns would each go on with the other's stream."""
+    row = plugins.probe_all(["zlib"])[0]
+    rows = [row, row | {"name": "qatzip-sw", "hardware": True}, row | {"name": "zstd", "flag": 31, "method": "a"}]
+    rows.append(row | {"name": "qpl-sw", "flag": 31, "method": "b"})
+    monkeypatch.setattr("multifd.effort.probe_all", lambda _: rows)
+    assert {compressor.name for compressor, _ in Choice.parse("adaptive", bytes).ways} == {"qatzip-sw"}
 
 
 def test_one_that_fails_to_store_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,16 +34,19 @@ from multifd.plugins import (
     Spec,
     accepted,
     names_accepted,
+    preference,
     probe_all,
     select,
     settle,
+    taken_twice,
 )
 
 #: Seconds between two looks at the link, and at the memory.
 INTERVAL = 0.2
 REFRESH = 2.0
-#: Seconds after which a link that was not used up may carry more than it did, doubled each time.
+#: Seconds after which a link that was not used up may carry more than it did, doubled each time up to the other.
 PATIENCE = 10.0
+MOST_PATIENCE = 60.0
 #: What another rung has to promise, and by how much a rung's own rate changes where everything did.
 GAIN = 1.1
 SHIFT = 1.6
@@ -101,9 +104,7 @@ class Choice:
             return cls.of(compressor, replace(settings, effort="auto") if once else settings)
         methods = accepted(spec)
         rows = probe_all(names_accepted(methods))
-        found = [
-            cls.of(*select(_adaptive(row), sending=True)) for row in rows if row["available"] and not row["reason"]
-        ]
+        found = [cls.of(*select(_adaptive(row), sending=True)) for row in _one_each(rows, methods)]
         ways = sorted((way for choice in found for way in choice.ways), key=lambda way: way[0].facts.method != "none")
         if not ways:
             raise HostError(f"{ADAPTIVE}: no compressor that the peer accepts works here")
@@ -119,6 +120,15 @@ class Choice:
     def flags(self) -> set[int]:
         """The methods' numbers that packets may have."""
         return {compressor.facts.flag for compressor, _ in self.ways}
+
+
+def _one_each(rows: Sequence[dict[str, Any]], methods: Collection[str] | None) -> list[dict[str, Any]]:
+    """The compressor for each flag whose packets the peer can tell: one of them reads what another began."""
+    by_flag: dict[int, dict[str, Any]] = {}
+    for row in sorted(rows, key=preference):
+        if row["available"] and not row["reason"] and (methods is None or row["method"] in methods):
+            by_flag.setdefault(row["flag"], row)
+    return [row for flag, row in by_flag.items() if not taken_twice(flag, rows)]
 
 
 def _adaptive(row: Mapping[str, Any]) -> Spec:
@@ -160,6 +170,7 @@ class Effort:
         self._once = choice.once
         self._clock = clock
         self._cores = len(os.sched_getaffinity(0))
+        self._measuring = threading.Lock()
         self._lock = threading.Lock()
         # Guarded by the lock:
         self._channels = 0
@@ -187,13 +198,17 @@ class Effort:
 
     def choose(self, pages: Sequence[memoryview], page_size: int) -> Rung:
         """The rung for a packet: the first, which stores, where a look says that nothing would shrink."""
+        if looks_random(pages):
+            return self._store
         due = not self._settled and self._clock() - self._measured > REFRESH
-        if due and self._lock.acquire(blocking=False):
+        if due and self._measured != -math.inf:
+            due = sum(map(len, pages)) >= SAMPLE  # a few pages say less than what is known
+        if due and self._measuring.acquire(blocking=False):
             try:
-                self._measure(sample(pages, page_size), page_size)
+                self._measure(memoryview(sample(pages, page_size)), page_size)
             finally:
-                self._lock.release()
-        return self._store if looks_random(pages) else self._now
+                self._measuring.release()
+        return self._now
 
     def note(
         self, compressor: Compressor, level: int | None, pages: int, payload: int, encode: float, handle: float
@@ -218,31 +233,27 @@ class Effort:
                 interval.own_payload += payload
                 interval.own_encode += encode
             enough = interval.packets >= self._channels or rung is self._store
-            if now - interval.started >= INTERVAL and enough and not self._settled:
+            measured = self._measured != -math.inf
+            if now - interval.started >= INTERVAL and enough and measured and not self._settled:
                 if self._skip:
                     self._skip = False  # what was on its way when the rung changed
                 else:
                     self._decide(now, interval)
                 self._interval = _Interval(now)
 
+    def _measure(self, data: memoryview, page_size: int) -> None:
+        found = [rung.compressor.measure(rung.settings, data, page_size) for rung in self.rungs]
+        with self._lock:
+            first = self._measured == -math.inf
+            for rung, (seconds, ratio) in zip(self.rungs, found, strict=True):
+                # One sample is not all of the memory.
+                rung.seconds = seconds if first else (rung.seconds + seconds) / 2
+                rung.ratio = ratio if first else (rung.ratio + ratio) / 2
+            if first:
+                self._interval = _Interval(math.inf)
+            self._measured = self._clock()
+
     # --- locked ---
-
-    def _measure(self, data: bytes, page_size: int) -> None:
-        first = self._measured == -math.inf
-        for rung in self.rungs:
-            seconds, ratio = rung.compressor.measure(rung.settings, memoryview(data), page_size)
-            # One sample is not all of the memory.
-            rung.seconds = seconds if first else (rung.seconds + seconds) / 2
-            rung.ratio = ratio if first else (rung.ratio + ratio) / 2
-        if first:
-            self.rungs = [self.rungs[0], *(rung for rung in self.rungs[1:] if not self._beaten(rung))]
-        self._measured = self._clock()
-
-    def _beaten(self, rung: Rung) -> bool:
-        """Whether another makes fewer bytes in less time."""
-        return any(
-            other.seconds < rung.seconds and other.ratio <= rung.ratio for other in self.rungs if other is not rung
-        )
 
     def _decide(self, now: float, interval: _Interval) -> None:
         current = self._now
@@ -260,7 +271,7 @@ class Effort:
             self._link, self._link_since = max(wire, before), now
         elif now - self._link_since > self._patience:
             self._link, self._link_since = math.inf, now
-            self._patience *= 2
+            self._patience = min(2 * self._patience, MOST_PATIENCE)
         else:
             self._link = max(self._link, wire)
         known = self._seen.get(current)

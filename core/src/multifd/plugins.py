@@ -519,12 +519,11 @@ def select_for_flag(flag: int) -> tuple[Compressor, Settings]:
 def _reader(flag: int, candidates: tuple[str, ...]) -> str:
     method = method_name(flag)
     rows = [row for row in probe_all(candidates) if row["flag"] == flag]
-    if taken := _taken_twice(flag, rows):
+    if taken := taken_twice(flag, rows):
         raise CompressorError(taken)
     working = [row for row in rows if row["available"]]
     if working:
-        best = min(working, key=lambda row: (not row["hardware"], row["reason"] != "", row["name"]))
-        return str(best["name"])
+        return str(min(working, key=preference)["name"])
     if rows:
         reasons = "; ".join(f"{row['name']}: {row['reason']}" for row in rows)
         raise HostError(f"the packets are {method}, and nothing here can read them: {reasons}")
@@ -534,7 +533,12 @@ def _reader(flag: int, candidates: tuple[str, ...]) -> str:
     raise HostError(f"the packets are {method}, and no compressor for it is installed: {hint}")
 
 
-def _taken_twice(flag: int, rows: Sequence[Mapping[str, Any]]) -> str:
+def preference(row: Mapping[str, Any]) -> tuple[bool, bool, str]:
+    """The order of compressors that make the same bytes: hardware first, one that has nothing to say against itself."""
+    return not row["hardware"], row["reason"] != "", row["name"]
+
+
+def taken_twice(flag: int, rows: Sequence[Mapping[str, Any]]) -> str:
     """Why a packet with this flag cannot be read by any of these, where their methods differ; or empty."""
     mine = [row for row in rows if row["flag"] == flag]
     if len({row["method"] for row in mine}) < 2:
@@ -553,7 +557,7 @@ def rows() -> list[dict[str, Any]]:
     """
     found = probe_all(sorted({each.name for each in _installed(ENTRY_POINT_GROUP)}))
     for row in found:
-        if row["flag"] in THIRD_PARTY_FLAGS and (taken := _taken_twice(row["flag"], found)):
+        if row["flag"] in THIRD_PARTY_FLAGS and (taken := taken_twice(row["flag"], found)):
             row["reason"] = "; ".join(filter(None, (row["reason"], taken)))
     return found
 
