@@ -49,7 +49,8 @@ class World:
     log: list[tuple[float, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        ways: Any = [(Simulated(), Settings(level, {})) for level in COSTS]
+        compressor = Simulated()
+        ways: Any = [(compressor, Settings(level, {})) for level in COSTS]
         self.effort = Effort(Choice("simulated", ways), clock=lambda: self.now)
         self._free = 0.0
         self._due = [(0.0, channel) for channel in range(self.channels)]

@@ -8,9 +8,10 @@ the one with which the memory passes fastest:
 
     bytes of pages per second = min(threads / (seconds to encode a byte + to handle it), link / payload per byte)
 
-A rung is left for one that promises a tenth more.  What it then really does is believed before what
-was expected: the other side may be busy with the pages and not with their bytes, or with the same
-processors.  `once` stays with the first choice.
+A rung is left for one that promises a tenth more.  What share of its promise it then kept counts from
+there on: the other side may be busy with the pages and not with their bytes, or with the same
+processors.  Promises are compared, not what passed at other times, when other memory did.
+`once` stays with the first choice.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from multifd.errors import HostError
-from multifd.flags import DEFAULT_PAGE_SIZE
+from multifd.flags import DEFAULT_PAGE_SIZE, DEVICE_METHODS
 from multifd.plugins import (
     ADAPTIVE,
     AUTO,
@@ -41,20 +42,26 @@ from multifd.plugins import (
     taken_twice,
 )
 
-#: Seconds between two looks at the link, and at the memory.
+#: Seconds between two looks at the link, and at the memory.  Storing fills a slow link's buffers, which costs as much
+#: time as it is long.
 INTERVAL = 0.2
+STORE_INTERVAL = 0.05
 REFRESH = 2.0
+#: A sample is not all of the memory: so many count alike, then each new one for its part of them.
+SAMPLES = 6
 #: Seconds after which a link that was not used up may carry more than it did, doubled each time up to the other.
 PATIENCE = 10.0
 MOST_PATIENCE = 60.0
 #: What another rung has to promise, and by how much a rung's own rate changes where everything did.
 GAIN = 1.1
 SHIFT = 1.6
+#: A compressor that was not tried yet may make so much less of the memory: zstd's window is longer than a sample.
+DOUBT = 0.85
 #: Above this share of their time at work the channels do not wait for the link; below the other for nothing else.
 BUSY = 0.75
 IDLE = 0.4
 #: Bytes of pages that every rung is measured on, half of them to get going.
-SAMPLE = 128 * 1024
+SAMPLE = 256 * 1024
 #: A look at a packet takes so many of its bytes.  Of 256 random ones 162 differ, 6 more or less; of text about 50, of
 #: machine code about 110.
 LOOK = 256
@@ -123,12 +130,17 @@ class Choice:
 
 
 def _one_each(rows: Sequence[dict[str, Any]], methods: Collection[str] | None) -> list[dict[str, Any]]:
-    """The compressor for each flag whose packets the peer can tell: one of them reads what another began."""
+    """The compressor for each flag whose packets the peer can tell: one of them reads what another began.
+
+    One that stands in for a device is slower than zlib or zstd, or as good: only where there is nothing else.
+    """
     by_flag: dict[int, dict[str, Any]] = {}
     for row in sorted(rows, key=preference):
         if row["available"] and not row["reason"] and (methods is None or row["method"] in methods):
             by_flag.setdefault(row["flag"], row)
-    return [row for flag, row in by_flag.items() if not taken_twice(flag, rows)]
+    found = [row for flag, row in by_flag.items() if not taken_twice(flag, rows)]
+    own = [row for row in found if row["hardware"] or row["method"] not in DEVICE_METHODS]
+    return own if any(row["flag"] for row in own) else found
 
 
 def _adaptive(row: Mapping[str, Any]) -> Spec:
@@ -152,9 +164,9 @@ class _Interval:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """What a rung did: bytes of pages per second, and until when that is believed."""
+    """What share of its promise a rung kept, and until when that is believed."""
 
-    rate: float
+    share: float
     until: float
 
 
@@ -176,13 +188,18 @@ class Effort:
         self._channels = 0
         self._settled = False
         self._skip = False
+        self._samples = 0
         self._measured = -math.inf
         self._interval = _Interval(math.inf)
         self._link = math.inf
         self._link_since = 0.0
         self._patience = PATIENCE
         self._slower = 1.0
+        # Payload to what the sample promised: lately, and of each compressor as a rule, whose window may be longer
+        # than a sample.
         self._larger = 1.0
+        self._usual: dict[Compressor, float] = {}
+        self._content = 1.0
         self._handle = 0.0
         self._seen: dict[Rung, _Seen] = {}
 
@@ -200,9 +217,10 @@ class Effort:
         """The rung for a packet: the first, which stores, where a look says that nothing would shrink."""
         if looks_random(pages):
             return self._store
-        due = not self._settled and self._clock() - self._measured > REFRESH
-        if due and self._measured != -math.inf:
-            due = sum(map(len, pages)) >= SAMPLE  # a few pages say less than what is known
+        # The first few samples follow one another faster, and a few pages say less than what is known.
+        due = not self._settled and self._clock() - self._measured > REFRESH * min(1, self._samples / SAMPLES)
+        if due and self._samples:
+            due = sum(map(len, pages)) >= SAMPLE
         if due and self._measuring.acquire(blocking=False):
             try:
                 self._measure(memoryview(sample(pages, page_size)), page_size)
@@ -233,8 +251,8 @@ class Effort:
                 interval.own_payload += payload
                 interval.own_encode += encode
             enough = interval.packets >= self._channels or rung is self._store
-            measured = self._measured != -math.inf
-            if now - interval.started >= INTERVAL and enough and measured and not self._settled:
+            long = STORE_INTERVAL if rung is self._store else INTERVAL
+            if now - interval.started >= long and enough and self._samples and not self._settled:
                 if self._skip:
                     self._skip = False  # what was on its way when the rung changed
                 else:
@@ -244,13 +262,12 @@ class Effort:
     def _measure(self, data: memoryview, page_size: int) -> None:
         found = [rung.compressor.measure(rung.settings, data, page_size) for rung in self.rungs]
         with self._lock:
-            first = self._measured == -math.inf
-            for rung, (seconds, ratio) in zip(self.rungs, found, strict=True):
-                # One sample is not all of the memory.
-                rung.seconds = seconds if first else (rung.seconds + seconds) / 2
-                rung.ratio = ratio if first else (rung.ratio + ratio) / 2
-            if first:
+            if not self._samples:
                 self._interval = _Interval(math.inf)
+            self._samples = min(self._samples + 1, SAMPLES)
+            for rung, (seconds, ratio) in zip(self.rungs, found, strict=True):
+                rung.seconds += (seconds - rung.seconds) / self._samples
+                rung.ratio += (ratio - rung.ratio) / self._samples
             self._measured = self._clock()
 
     # --- locked ---
@@ -265,7 +282,10 @@ class Effort:
         # By how much this machine at work and this memory differ from the measurement; storing tells nothing.
         if current is not self._store and interval.own_pages:
             self._slower = interval.own_encode / interval.own_pages / current.seconds
-            self._larger = interval.own_payload / interval.own_pages / current.ratio
+            larger = interval.own_payload / interval.own_pages / current.ratio
+            usual = self._usual.get(current.compressor, larger)
+            self._usual[current.compressor] = usual = (3 * usual + larger) / 4
+            self._larger, self._content = usual, larger / usual
         if busy < BUSY:
             before = self._link if busy >= IDLE and self._link != math.inf else 0.0
             self._link, self._link_since = max(wire, before), now
@@ -274,27 +294,30 @@ class Effort:
             self._patience = min(2 * self._patience, MOST_PATIENCE)
         else:
             self._link = max(self._link, wire)
-        known = self._seen.get(current)
-        if known is not None and not known.rate / SHIFT < rate < known.rate * SHIFT:
-            self._seen.clear()  # another link, or another memory
-        self._seen[current] = _Seen(rate, now + self._patience)
-        best = max(self.rungs, key=lambda rung: self._promise(rung, busy, now))
-        if best is not current and self._promise(best, busy, now) >= GAIN * rate:
+        known, share = self._seen.get(current), rate / self._promise(current, busy)
+        if known is not None and not known.share / SHIFT < share < known.share * SHIFT:
+            self._seen.clear()  # another link, or another destination
+        self._seen[current] = _Seen(share, now + self._patience)
+        promises = {rung: self._promise(rung, busy) * self._kept(rung, now) for rung in self.rungs}
+        best = max(promises, key=lambda rung: promises[rung])
+        if best is not current and promises[best] >= GAIN * rate:
             self._now = best
             self._skip = True
         # Before that, the lightest was tried: nobody had used the link up.
         self._settled = self._once and self._link != math.inf
 
-    def _promise(self, rung: Rung, busy: float, now: float) -> float:
-        """Bytes of pages per second: what it did lately, or else what is to be expected."""
+    def _kept(self, rung: Rung, now: float) -> float:
         seen = self._seen.get(rung)
-        if seen is not None and seen.until > now:
-            return seen.rate
+        return seen.share if seen is not None and seen.until > now else 1.0
+
+    def _promise(self, rung: Rung, busy: float) -> float:
+        """Bytes of pages per second, as it is to be expected."""
         seconds = rung.seconds * self._slower
         # Measured while so many threads were at it; more of them than there are cores take turns.
         crowd = max(1.0, busy * self._channels / self._cores)
         encoding = min(self._channels, self._cores) / (seconds / crowd + self._handle)
-        ratio = rung.ratio if rung is self._store else rung.ratio * self._larger
+        larger = self._usual.get(rung.compressor, DOUBT * self._larger) * self._content
+        ratio = rung.ratio if rung is self._store else rung.ratio * larger
         return min(encoding, self._link / ratio)
 
 

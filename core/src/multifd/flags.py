@@ -38,6 +38,8 @@ COMPRESSION_MASK_5_0 = 0x07 << COMPRESSION_SHIFT  # QEMU 5.0 to 9.0
 
 #: Method -> number in the compression field.
 METHODS = {"none": 0, "zlib": 1, "zstd": 2, "qpl": 4, "uadk": 8, "qatzip": 16}
+#: Those that QEMU has for devices.
+DEVICE_METHODS = {"qpl", "uadk", "qatzip"}
 METHOD_NAMES = {number: name for name, number in METHODS.items()}
 #: Free for methods between multifd peers: every QEMU refuses them.
 THIRD_PARTY_FLAGS = range(27, 32)
