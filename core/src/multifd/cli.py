@@ -191,7 +191,8 @@ def _parser() -> argparse.ArgumentParser:
         "--compressor",
         default="none",
         metavar="NAME[,key=value...]",
-        help="see `multifd compressors` (none); auto[,accepts=METHOD+METHOD...] takes the best that works here",
+        help="see `multifd compressors` (none); NAME,level=adaptive follows the link; auto[,accepts=METHOD+METHOD...] "
+        "takes the best that works here, adaptive[,accepts=...] changes while it sends, to a multifd",
     )
     command.add_argument("--level", metavar="N", help="short for --compressor NAME,level=N")
     command.add_argument("--channels", type=int, metavar="N", help="multifd channels (2)")
@@ -228,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--to",
         metavar="NAME[,key=value...]",
-        help="the compressor to write with (payloads pass as they are); auto[,accepts=METHOD+METHOD...] takes the best",
+        help="the compressor to write with (payloads pass as they are), as for `multifd send`",
     )
     command.add_argument("--channels", type=int, metavar="N", help="the most channels that a source may use")
     command.add_argument("--uuid", type=_uuid, metavar="UUID", help="the destination's VM uuid, where it differs")
