@@ -258,7 +258,11 @@ class DeviceCompressor:
 
     @cached_property
     def _why_not(self) -> str:
-        """Why the device cannot be used, in words; empty where it proved that it works.  Tried once."""
+        """Why the device cannot be used, in words; empty where it proved that it works.
+
+        Kept for the process.  Channels of which no probe was asked may each try, from Python 3.12 on at the same
+        time: that proves the same.
+        """
         try:
             prove(self._vendor, self._software, 14)
         except DeviceError as error:
