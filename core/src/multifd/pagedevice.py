@@ -18,10 +18,11 @@ from functools import cached_property
 from importlib import import_module
 from typing import Any, Protocol, TypeVar
 
+from multifd.deflate import PROVIDER, VERSION
 from multifd.errors import CompressorError, HostError
 from multifd.flags import DEFAULT_PAGE_SIZE
 from multifd.hookspecs import Channel, Facts, Option, OptionValue, Probe, hookimpl
-from multifd.pagelist import LEVELS, PROVIDER, VERSION, Codec, Job, Software, decode, encode, receive_buffer
+from multifd.pagelist import LEVELS, Codec, Job, Software, decode, encode, receive_buffer
 from multifd.wire import Buffer
 
 T = TypeVar("T")

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from multifd.deflate import PROVIDER, VERSION
 from multifd.errors import CompressorError
 from multifd.flags import MAX_PAYLOAD, METHODS, PACKET_SIZE
 from multifd.hookspecs import Channel, Facts, Option, OptionValue, Probe, hookimpl
@@ -165,7 +166,7 @@ def multifd_probe(options: Mapping[str, OptionValue]) -> Probe:
     if tried.works:
         return Probe(True, "libqatzip", found.version, hardware=True, devices=devices.names())
     reason, advice = _why_not(found, tried)
-    return Probe(bool(options[FALLBACK]), software.PROVIDER, software.VERSION, reason=reason, install=advice)
+    return Probe(bool(options[FALLBACK]), PROVIDER, VERSION, reason=reason, install=advice)
 
 
 def _why_not(found: Library, tried: Trial) -> tuple[str, str]:
