@@ -208,6 +208,8 @@ class Session:
         job.available_out = self._room
         job.total_in = job.total_out = 0
         code: int = self._lib.qpl_submit_job(job)
+        if code != OK:
+            slot.given = None
         return code
 
     def _wait(self, slot: _Slot) -> int:
