@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import pytest
 
 import standin as standin_module
+from multifd.testing.harness import descriptors
 
 T = TypeVar("T")
 
@@ -60,24 +61,14 @@ def own_capture() -> dict[str, Capture]:
     return load_captures(OWN_CAPTURES)
 
 
-def descriptors() -> set[str]:
-    found = set()
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            found.add(f"{name} -> {os.readlink(f'/proc/self/fd/{name}')}")
-        except OSError:
-            continue
-    return found
-
-
 @pytest.fixture(autouse=True)
 def _nothing_left() -> Iterator[None]:
     """No test may leave a thread or a descriptor."""
     threads = set(threading.enumerate())
-    before = descriptors()
+    before = set(descriptors())
     yield
     assert set(threading.enumerate()) <= threads
-    assert descriptors() <= before
+    assert set(descriptors()) <= before
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from multifd import plugins
 from multifd.hookspecs import Channel
+from multifd.testing.harness import Receiver
 
 PAGE = 4096
 
@@ -41,16 +42,6 @@ class Pair:
 
 def decode(compressor: plugins.Compressor, channel: Channel, payload: bytes, length: int) -> bytes:
     """One payload through `multifd_recv`, which must read all of it."""
-    left = memoryview(payload)
-
-    def read_into(wanted: memoryview) -> None:
-        nonlocal left
-        wanted[:] = left[: len(wanted)]
-        left = left[len(wanted) :]
-
-    channel.next_packet_size = len(payload)
-    channel.bind(read_into)
     pages = memoryview(bytearray(b"\xaa" * length))
-    compressor.hook.multifd_recv(channel=channel, pages=pages)
-    assert not left
+    assert not Receiver(compressor, channel).recv(payload, pages)
     return bytes(pages)

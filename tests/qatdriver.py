@@ -24,6 +24,7 @@ from typing import Any
 
 from multifd import plugins
 from multifd.errors import CompressorError, MultifdError
+from multifd.testing.harness import Footprint
 from multifd_qatzip import library, members, software
 from pairs import PAGE, Pair
 
@@ -226,12 +227,12 @@ def free_keys() -> int:
 
 
 def footprint() -> dict[str, int]:
-    (resident,) = re.findall(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())
+    holds = Footprint.now()
     return {
         "keys": free_keys(),
-        "KiB": int(resident),
-        "descriptors": len(os.listdir("/proc/self/fd")),
-        "threads": len(os.listdir("/proc/self/task")),
+        "KiB": holds.memory >> 10,
+        "descriptors": len(holds.descriptors),
+        "threads": holds.threads,
     }
 
 

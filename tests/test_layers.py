@@ -15,7 +15,7 @@ LAYERS = [
     {"__init__"},
     {"errors", "flags"},
     {"wire"},
-    {"ram", "transport"},
+    {"ram", "transport", "deflate"},
     {"hookspecs", "stream", "snapshot", "tls"},
     {"nocomp", "plugins", "pagelist"},
     {"pagedevice"},
@@ -101,6 +101,7 @@ def test_send_imports_no_compressor_but_its_own(tmp_path: Path) -> None:
     loaded = loaded_by("send", str(image), f"unix:{tmp_path}/nobody", "--compressor", "zlib")
     assert "multifd_zlib" in loaded
     assert not loaded & {"multifd_zstd", "zstandard", "multifd.recv.x"}
+    assert not loaded_by("send", str(image), f"unix:{tmp_path}/nobody", "--compressor", "none") & {"isal"}
 
 
 def test_importing_a_plugin_touches_no_other() -> None:

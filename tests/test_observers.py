@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 import peers
-import qatdriver
 import streams
 from conftest import Capture
 from multifd import hookspecs, migrate, observers, plugins
@@ -25,7 +24,7 @@ from multifd.observers import BACK, IN, OUT, ObservedChannel, Observers, Times
 from multifd.snapshot import open_source
 from multifd.wire import INIT, InitPacket, RamPacket, header_length
 from test_cli import fails, run
-from test_relay import Relaying, closing
+from test_relay import Relaying, closing, image
 
 PAGE = 4096
 Install = Callable[..., None]
@@ -47,12 +46,6 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
             added.append(plugins.Provider(name, lambda factory=factory: factory, path="test"))  # type: ignore[misc]
 
     return add
-
-
-def image(work: Path) -> bytes:
-    content = qatdriver.image()[: 6 << 20]
-    (work / "image.raw").write_bytes(content)
-    return content
 
 
 def recorded(folder: Path) -> dict[str, bytes]:

@@ -12,7 +12,7 @@ import pytest
 import peers
 import qatdriver
 import streams
-from multifd import migrate, pagelist
+from multifd import deflate, migrate, pagelist
 from multifd.errors import CompressorError, UsageError
 from multifd.snapshot import open_source
 from pairs import PAGE, Pair
@@ -68,7 +68,7 @@ def test_a_device_can_read_what_it_writes(method: str, page_size: int, level: in
 @pytest.mark.parametrize("method", METHODS)
 def test_without_isal_zlib_does_it_all(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pagelist, "ISAL_LEVELS", {})
-    monkeypatch.setattr(pagelist, "_inflater", zlib.decompressobj)
+    monkeypatch.setattr(deflate, "decompressobj", zlib.decompressobj)
     pair = Pair(f"{method}-sw")
     data = qatdriver.image()[: 40 * PAGE]
     payload = pair.encode([data])

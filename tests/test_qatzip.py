@@ -14,9 +14,8 @@ import pytest
 import peers
 import qatdriver
 import streams
-from multifd import migrate, plugins
+from multifd import migrate
 from multifd.errors import CompressorError, PeerError
-from multifd.hookspecs import Channel
 from multifd.snapshot import open_source
 from multifd_qatzip import hardware
 from multifd_qatzip.library import NO_INSTANCE, DeviceError
@@ -130,13 +129,6 @@ def test_random_damage_is_refused_or_harmless() -> None:
     found = qatdriver.corruptions("qatzip-sw", 4000)
     assert found["refused"] > 3500
     assert len(found["messages"]) > 8
-
-
-def test_cleanup_without_set_up() -> None:
-    for name in ("qatzip", "qatzip-sw"):
-        compressor = plugins.load(name)
-        for direction in ("send", "recv") * 2:
-            compressor.cleanup(direction, Channel(0, PAGE))
 
 
 def test_importing_it_loads_no_library_of_qat() -> None:

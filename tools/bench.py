@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import mmap
 import os
-import shutil
 import socket
 import statistics
 import subprocess
@@ -20,8 +19,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from measure import MULTIFD, make_image, same, transfer
@@ -320,6 +319,16 @@ def check_arrived(image: Path, output: Path) -> None:
         sys.exit("what arrived is not what was sent")
 
 
+@contextmanager
+def reporting(directory: Path) -> Iterator[tuple[Report, Path]]:
+    """On two cores: a report, which ends the process at the end, and the image to be made; work beside it."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+    report = Report()
+    with tempfile.TemporaryDirectory(prefix="multifd-bench-", dir=directory) as folder:
+        yield report, Path(folder, "guest.raw")
+    report.finish()
+
+
 def run(doc: str | None, measure: Callable[[Report, Path, int], None]) -> None:
     """A bench's `main`: `measure` is given the report, the image (work beside it) and how many runs."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -327,16 +336,9 @@ def run(doc: str | None, measure: Callable[[Report, Path, int], None]) -> None:
     parser.add_argument("--runs", type=int, default=5, help="alternating runs of each (5)")
     parser.add_argument("--directory", type=Path, default=Path("/dev/shm"), help="where to work (/dev/shm)")
     arguments = parser.parse_args()
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
-    report = Report()
-    directory = Path(tempfile.mkdtemp(prefix="multifd-bench-", dir=arguments.directory))
-    try:
-        image = directory / "guest.raw"
+    with reporting(arguments.directory) as (report, image):
         make_image(image, arguments.mib)
         measure(report, image, arguments.runs)
-    finally:
-        shutil.rmtree(directory)
-    report.finish()
 
 
 def _measure(report: Report, image: Path, runs: int) -> None:

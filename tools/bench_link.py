@@ -15,13 +15,12 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bench import Report
-from measure import LOOPBACK, Link, make_image, same, transfer
+from bench import Report, check_arrived, reporting
+from measure import LOOPBACK, Link, make_image, transfer
 
 RATES = {"100 Mbit/s": "100mbit", "1 Gbit/s": "1gbit", "10 Gbit/s": "10gbit", "unlimited": ""}
 #: The three that everybody knows come first.
@@ -58,28 +57,22 @@ def _ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True)
 
 
-class Bench:
-    def __init__(self, image: Path, runs: int) -> None:
-        self.image = image
-        self.runs = runs
-
-    def seconds(self, link: Link, settings: tuple[str, ...]) -> dict[str, float]:
-        """The median of each setting's transfers, run in turn."""
-        found: dict[str, list[float]] = {setting: [] for setting in settings}
-        snapshot = self.image.with_name("snapshot")
-        for _ in range(self.runs):
-            for setting, times in found.items():
-                source, _ = transfer(self.image, snapshot, setting, link=link)
-                times.append(source.result["seconds"])
-        if not same(self.image, snapshot):
-            sys.exit("what arrived is not what was sent")
-        return {setting: statistics.median(times) for setting, times in found.items()}
+def medians(image: Path, runs: int, link: Link, settings: tuple[str, ...]) -> dict[str, float]:
+    """The median of each setting's seconds, its transfers run in turn."""
+    found: dict[str, list[float]] = {setting: [] for setting in settings}
+    snapshot = image.with_name("snapshot")
+    for _ in range(runs):
+        for setting, times in found.items():
+            source, _ = transfer(image, snapshot, setting, link=link)
+            times.append(source.result["seconds"])
+    check_arrived(image, snapshot)
+    return {setting: statistics.median(times) for setting, times in found.items()}
 
 
-def measure(report: Report, bench: Bench, rates: list[str]) -> None:
+def measure(report: Report, image: Path, runs: int, rates: list[str]) -> None:
     for name in rates:
         with linked(RATES[name]) as link:
-            times = bench.seconds(link, FIXED + ADAPTIVE)
+            times = medians(image, runs, link, FIXED + ADAPTIVE)
         print(f"{name}: " + ", ".join(f"{setting} {seconds:.2f} s" for setting, seconds in times.items()))
         best, worst = min(times[one] for one in FIXED), max(times[one] for one in KNOWN)
         for setting in ADAPTIVE[:2]:
@@ -89,8 +82,8 @@ def measure(report: Report, bench: Bench, rates: list[str]) -> None:
             report.line(f"{name}: worst of {'/'.join(KNOWN)} / {setting}", value, ">= 1.25", value >= 1.25)
 
 
-def measure_noise(report: Report, bench: Bench) -> None:
-    times = bench.seconds(LOOPBACK, ("none", *ADAPTIVE))
+def measure_noise(report: Report, image: Path, runs: int) -> None:
+    times = medians(image, runs, LOOPBACK, ("none", *ADAPTIVE))
     for setting in ADAPTIVE:
         value = times[setting] / times["none"]
         report.line(f"random memory, {setting}: time / none", value, "<= 1.05", value <= 1.05)
@@ -105,11 +98,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if os.geteuid() or not (shutil.which("ip") and shutil.which("tc")):
         sys.exit("needs root and iproute2, for links in network namespaces")
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
-    report = Report()
-    directory = Path(tempfile.mkdtemp(prefix="multifd-bench-", dir=arguments.directory))
-    try:
-        image = directory / "guest.raw"
+    with reporting(arguments.directory) as (report, image):
         if arguments.memory:
             with open(image, "wb") as whole:
                 for path in arguments.memory:
@@ -117,14 +106,10 @@ def main() -> None:
                         shutil.copyfileobj(one, whole, 1 << 20)
         else:
             make_image(image, 2048)
-        bench = Bench(image, arguments.runs)
-        measure(report, bench, arguments.rate or list(RATES))
+        measure(report, image, arguments.runs, arguments.rate or list(RATES))
         with open(image, "wb") as noise:
             noise.writelines(os.urandom(1 << 20) for _ in range(1024))
-        measure_noise(report, bench)
-    finally:
-        shutil.rmtree(directory)
-    report.finish()
+        measure_noise(report, image, arguments.runs)
 
 
 if __name__ == "__main__":

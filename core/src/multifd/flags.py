@@ -32,9 +32,7 @@ class PacketFlag(IntFlag):
 #: Where the compression method sits in the flags word, and how wide the field is.  QEMU gave
 #: out one bit per method but compares the field for equality, so it is a number of 0..31.
 COMPRESSION_SHIFT = 1
-COMPRESSION_MASK = 0x1F << COMPRESSION_SHIFT  # QEMU 9.2 and later
-COMPRESSION_MASK_9_1 = 0x0F << COMPRESSION_SHIFT  # QEMU 9.1
-COMPRESSION_MASK_5_0 = 0x07 << COMPRESSION_SHIFT  # QEMU 5.0 to 9.0
+COMPRESSION_MASK = 0x1F << COMPRESSION_SHIFT  # QEMU 9.2 and later; four bits in 9.1, three from 5.0 to 9.0
 
 #: Method -> number in the compression field.
 METHODS = {"none": 0, "zlib": 1, "zstd": 2, "qpl": 4, "uadk": 8, "qatzip": 16}
@@ -45,9 +43,9 @@ METHOD_NAMES = {number: name for name, number in METHODS.items()}
 THIRD_PARTY_FLAGS = range(27, 32)
 
 
-def method_number(flags: int, mask: int = COMPRESSION_MASK) -> int:
-    """The number of the method in a flags word, as a QEMU with that field mask reads it."""
-    return (flags & mask) >> COMPRESSION_SHIFT
+def method_number(flags: int) -> int:
+    """The number of the method in a flags word."""
+    return (flags & COMPRESSION_MASK) >> COMPRESSION_SHIFT
 
 
 def method_name(number: int) -> str:
@@ -71,16 +69,13 @@ class Section(IntEnum):
 
 
 class RamSave(IntFlag):
-    """Flags in the low bits of each word of a RAM section."""
+    """Flags in the low bits of each word of a RAM section: those that a source with multifd sends."""
 
     ZERO = 0x002
     MEM_SIZE = 0x004
     PAGE = 0x008
     EOS = 0x010
     CONTINUE = 0x020
-    XBZRLE = 0x040
-    HOOK = 0x080
-    COMPRESS_PAGE = 0x100
     MULTIFD_FLUSH = 0x200
 
 

@@ -128,7 +128,7 @@ class Channel:
     next_packet_size: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     live: bool = False
-    _read_into: Callable[[memoryview], None] | None = None
+    _read_into: Callable[[memoryview], None] | None = field(default=None, init=False, repr=False)
 
     def bind(self, read_into: Callable[[memoryview], None]) -> None:
         """Core's: where the payload comes from."""
@@ -158,8 +158,8 @@ def multifd_compressor() -> Facts:  # type: ignore[empty-body]
 def multifd_probe(options: Mapping[str, OptionValue]) -> Probe:  # type: ignore[empty-body]
     """Say whether the compressor works here with these options.
 
-    Called to list the compressors, in a child process, and to select this one, in the process
-    that will use it.  `options` holds all of the compressor's, their defaults when it is listed.
+    Called to list the compressors, in a child process, and to select this one by name, in the
+    process that will use it.  `options` holds all of the compressor's, their defaults when it is listed.
 
     May load the library; leaves nothing running or open, and nothing of the process changed.  The
     answer is the same until the machine changes.  A library that is missing is an answer with its

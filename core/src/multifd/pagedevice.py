@@ -3,6 +3,8 @@
 A plugin brings a `Vendor`: how its library is loaded, and a `Codec` that has the device do the
 pages.  What does not depend on the device is here: the hooks, the option `sw-fallback`, what is
 counted, and `prove`, which has the device work for and against the software codec.
+
+Of a plugin for another format, as qatzip is, the library is loaded here too, and its option and ways have these names.
 """
 
 from __future__ import annotations
@@ -18,17 +20,18 @@ from functools import cached_property
 from importlib import import_module
 from typing import Any, Protocol, TypeVar
 
+from multifd.deflate import PROVIDER, VERSION
 from multifd.errors import CompressorError, HostError
 from multifd.flags import DEFAULT_PAGE_SIZE
 from multifd.hookspecs import Channel, Facts, Option, OptionValue, Probe, hookimpl
-from multifd.pagelist import LEVELS, PROVIDER, VERSION, Codec, Job, Software, decode, encode, receive_buffer
+from multifd.pagelist import LEVELS, Codec, Job, Software, decode, encode, receive_buffer
 from multifd.wire import Buffer
 
 T = TypeVar("T")
 
 FALLBACK = "sw-fallback"
 FALLBACK_OPTION = Option(FALLBACK, True, "off: an error where the device cannot do it, instead of software")
-#: Packets in a row that a device may fail before its channel stops asking it.
+#: Packets, or jobs of one, in a row that a device may fail before its channel stops asking it.
 PATIENCE = 8
 #: The ways of a packet, as counted.
 HARDWARE, SOFTWARE, FAILED, NEITHER = "hardware", "software", "software (device failed)", "raw pages"
@@ -59,11 +62,14 @@ class Vendor(Protocol):
         """Get the device ready for one channel in one direction; the codec raises DeviceError, and so may this."""
 
 
-def open_library(bindings: str, setting: str, soname: str, functions: Iterable[str]) -> tuple[Any, Any]:
+def open_library(
+    bindings: str, setting: str, soname: str, functions: Iterable[str], missing: str = "an older one, or not whole"
+) -> tuple[Any, Any, str]:
     """Load a library by its soname, or by the absolute path in the environment's `setting`, for good.
 
-    `bindings` is the module that cffi generated.  Returns the library and cffi's `ffi`.  Raises LibraryError
-    with the loader's own words, for another soname, and for a missing function.
+    `bindings` is the module that cffi generated; `missing` says what a library is that lacks one of the functions.
+    Returns the library, cffi's `ffi`, and the real file.  Raises LibraryError with the loader's own words, for another
+    soname, and for a missing function.
     """
     try:
         ffi = import_module(bindings).ffi  # cffi's backend is a library too
@@ -78,20 +84,35 @@ def open_library(bindings: str, setting: str, soname: str, functions: Iterable[s
         text = str(error).removeprefix(f"cannot load library '{wanted}': ")
         raise LibraryError(" ".join(text.split())) from None
     _kept.append(library)
+    path = os.path.realpath(wanted) if wanted != soname else _mapped(soname)
     try:
-        ctypes.CDLL(soname, os.RTLD_NOW | os.RTLD_NOLOAD)  # finds what is loaded by its soname
+        # Finds what is loaded by its soname.  Not with cffi: where the loader gives no reason, as for this, it
+        # crashes (2.1.1).
+        ctypes.CDLL(soname, os.RTLD_NOW | os.RTLD_NOLOAD)
     except OSError:
-        raise LibraryError(f"{wanted}: its soname is not {soname}, the one this plugin knows") from None
+        raise LibraryError(f"{path}: its soname is not {soname}, the one this plugin knows") from None
     for name in functions:
         try:
             getattr(library, name)
         except (AttributeError, ffi.error):
-            raise LibraryError(f"{wanted} has no {name}") from None
-    return library, ffi
+            raise LibraryError(f"{path} has no {name}: {missing}") from None
+    return library, ffi, path
 
 
-#: Never unloaded: threads of theirs may still run.
+#: Never unloaded: threads of theirs may still run, and a destructor may stop the device under whoever uses it.
 _kept: list[Any] = []
+
+
+def _mapped(soname: str) -> str:
+    """The file that was loaded by this soname; the soname where none has its name."""
+    stem = "/" + soname.partition(".so")[0] + ".so"
+    with open("/proc/self/maps") as maps:
+        return next((line.split(maxsplit=5)[5].rstrip("\n") for line in maps if stem in line), soname)
+
+
+def file_version(path: str) -> str:
+    """The version in the name of a library's file."""
+    return os.path.basename(path).partition(".so.")[2] or "of unknown version"
 
 
 def sample_pages(count: int, size: int) -> Iterator[bytes]:
@@ -258,7 +279,11 @@ class DeviceCompressor:
 
     @cached_property
     def _why_not(self) -> str:
-        """Why the device cannot be used, in words; empty where it proved that it works.  Tried once."""
+        """Why the device cannot be used, in words; empty where it proved that it works.
+
+        Kept for the process.  Channels of which no probe was asked may each try, from Python 3.12 on at the same
+        time: that proves the same.
+        """
         try:
             prove(self._vendor, self._software, 14)
         except DeviceError as error:

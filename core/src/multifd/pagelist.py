@@ -20,20 +20,13 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
+from multifd.deflate import ERRORS, PROVIDER, VERSION, inflate, isal_zlib
 from multifd.errors import CompressorError
 from multifd.flags import PACKET_SIZE
 from multifd.hookspecs import Channel, Facts, Probe, hookimpl
 from multifd.wire import Buffer
-
-isal: Any
-isal_zlib: Any
-try:  # wheels exist for x86-64 and aarch64; elsewhere zlib does it all
-    import isal
-    from isal import isal_zlib
-except ImportError:
-    isal = isal_zlib = None
 
 LEVELS = range(1, 10)
 DEFAULT_LEVEL = 1
@@ -41,8 +34,6 @@ DEFAULT_LEVEL = 1
 LADDER = (0, 1, 2, 6)
 #: Level -> ISA-L's own; 0 has codes that are made beforehand, as the devices' are.
 ISAL_LEVELS = {1: 0, 2: 1} if isal_zlib else {}
-PROVIDER = "zlib+ISA-L" if isal_zlib else "zlib"
-VERSION = zlib.ZLIB_RUNTIME_VERSION + (f"+{isal.ISAL_VERSION}" if isal_zlib else "")
 #: What the zlib format has to begin with: the driver of the Kunpeng's device writes it, and skips it unread.
 ZLIB_HEADER = b"\x78\x9c"
 #: Base 2 logarithm of the window: of the devices, and the largest that a decoder may meet.
@@ -50,9 +41,6 @@ WINDOW, ANY_WINDOW = 12, 15
 LENGTH_SIZE = 4
 #: The option of a sender that compresses nothing, where its compressor has it.
 RAW = "raw"
-ERRORS = (zlib.error, isal_zlib.error) if isal_zlib else (zlib.error,)
-
-_inflater = (isal_zlib or zlib).decompressobj
 
 
 class Job(NamedTuple):
@@ -159,7 +147,7 @@ class Software:
         window = ANY_WINDOW if self.wrapped else -ANY_WINDOW
         for number, data, page in jobs:
             try:
-                _inflate(data, page, window)
+                inflate(data, page, window)
             except ERRORS as error:
                 raise CompressorError(f"page {number}: damaged deflate data: {error}") from error
             except CompressorError as error:
@@ -172,20 +160,6 @@ class Software:
 def _deflate(page: memoryview, level: int, window: int) -> bytes:
     stream = zlib.compressobj(level, zlib.DEFLATED, window)
     return stream.compress(page) + stream.flush()
-
-
-def _inflate(data: memoryview, page: memoryview, window: int) -> None:
-    stream = _inflater(window)
-    made = stream.decompress(data, len(page))
-    if len(made) == len(page) and not stream.eof and stream.decompress(stream.unconsumed_tail, 1):
-        raise CompressorError(f"decodes to more than its {len(page)} bytes")
-    if not stream.eof:
-        raise CompressorError(f"ends inside its deflate data, at {len(made)} of {len(page)} bytes")
-    if len(made) != len(page):
-        raise CompressorError(f"decodes to {len(made)} bytes instead of {len(page)}")
-    if stream.unused_data:
-        raise CompressorError(f"has {len(stream.unused_data)} bytes left over")
-    page[:] = made
 
 
 class SoftwareCompressor:

@@ -29,8 +29,6 @@ PREFIX = struct.Struct(">III")
 #: magic, version, flags, pages_alloc, normal_pages, next_packet_size, packet_num, zero_pages,
 #: 28 reserved bytes, ramblock; the offsets follow.
 RAM = struct.Struct(">IIIIIIQI28x256s")
-#: magic, version, flags, idstr, instance_id, next_packet_size.
-DEVICE_STATE = struct.Struct(">III256sII")
 
 # Plain numbers: arithmetic with an IntFlag makes a member of every result, for packets of a peer.
 SYNC = PacketFlag.SYNC.value
@@ -162,40 +160,6 @@ class RamPacket:
             offsets[normal:],
             size if normal else 0,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceStatePacket:
-    """State of one device (VFIO, QEMU 10.0 and later); `next_packet_size` bytes follow it."""
-
-    idstr: str
-    instance_id: int
-    next_packet_size: int
-
-    def pack(self) -> bytes:
-        """The 276 bytes before the data."""
-        return DEVICE_STATE.pack(
-            MULTIFD_MAGIC,
-            MULTIFD_VERSION,
-            DEVICE_STATE_FLAG,
-            self.idstr.encode("ascii"),
-            self.instance_id,
-            self.next_packet_size,
-        )
-
-    @classmethod
-    def unpack(cls, data: Buffer) -> DeviceStatePacket:
-        """Raises PeerError for a wrong magic or version, SYNC, an unended name, no data."""
-        magic, version, flags, idstr, instance, size = DEVICE_STATE.unpack(data)
-        _check_prefix(magic, version)
-        if flags & SYNC:
-            raise PeerError("a device-state packet with SYNC")
-        end = idstr.find(b"\0")
-        if end < 0:
-            raise PeerError("a device-state packet whose device name does not end")
-        if not size:
-            raise PeerError("a device-state packet without data")
-        return cls(idstr[:end].decode("ascii", "backslashreplace"), instance, size)
 
 
 def is_device_state(prefix: Buffer) -> bool:

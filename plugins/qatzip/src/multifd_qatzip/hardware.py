@@ -19,29 +19,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from multifd.deflate import PROVIDER, VERSION
 from multifd.errors import CompressorError
 from multifd.flags import MAX_PAYLOAD, METHODS, PACKET_SIZE
-from multifd.hookspecs import Channel, Facts, Option, OptionValue, Probe, hookimpl
+from multifd.hookspecs import Channel, Facts, OptionValue, Probe, hookimpl
+from multifd.pagedevice import FAILED, FALLBACK, FALLBACK_OPTION, HARDWARE, PATIENCE, SOFTWARE, LibraryError
 from multifd.wire import Buffer
 from multifd_qatzip import devices, library, software
-from multifd_qatzip.library import DeviceError, Library, LibraryError, Session
+from multifd_qatzip.library import DeviceError, Library, Session
 from multifd_qatzip.members import MEMBER_MOST, MEMBER_SIZE, device_takes
 from multifd_qatzip.trial import Trial, trial
 
 T = TypeVar("T")
 
-FALLBACK = "sw-fallback"
-#: Jobs in a row that a device may fail before its channel stops asking it.
-PATIENCE = 8
 #: Seconds to wait for another channel's job to free an instance.
 BUSY_SECONDS = 30.0
 
 #: Room for all that a device makes of a packet.
 SEND_BUFFER = PACKET_SIZE // MEMBER_SIZE * MEMBER_MOST
 
-#: The ways of a packet, as counted.
-HARDWARE, SOFTWARE = "hardware", "software"
-BUSY, FAILED = "software (device busy)", "software (device failed)"
+#: The way of a packet, as counted, beside those of `pagedevice`.
+BUSY = "software (device busy)"
 
 
 class _Instances:
@@ -151,7 +149,7 @@ def multifd_compressor() -> Facts:
         "QEMU's qatzip on Intel QuickAssist devices, levels 1-9",
         software.LEVELS,
         software.DEFAULT_LEVEL,
-        (Option(FALLBACK, True, "off: an error where the device cannot do it, instead of software"),),
+        (FALLBACK_OPTION,),
     )
 
 
@@ -165,7 +163,7 @@ def multifd_probe(options: Mapping[str, OptionValue]) -> Probe:
     if tried.works:
         return Probe(True, "libqatzip", found.version, hardware=True, devices=devices.names())
     reason, advice = _why_not(found, tried)
-    return Probe(bool(options[FALLBACK]), software.PROVIDER, software.VERSION, reason=reason, install=advice)
+    return Probe(bool(options[FALLBACK]), PROVIDER, VERSION, reason=reason, install=advice)
 
 
 def _why_not(found: Library, tried: Trial) -> tuple[str, str]:

@@ -22,7 +22,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from multifd.errors import CompressorError, HostError
+from multifd.errors import CompressorError
+from multifd.pagedevice import LibraryError, file_version, open_library
 from multifd.wire import Buffer
 from multifd_qatzip.members import DEVICE_LEAST, MEMBER_SIZE, parse
 
@@ -97,10 +98,6 @@ CANARY = 0xA5
 CANARY_SIZE = 256
 
 
-class LibraryError(HostError):
-    """libqatzip is not here, or is not one that this plugin knows."""
-
-
 class DeviceError(CompressorError):
     """The device, or libqatzip on its way to it, did not do a job; `code` is libqatzip's."""
 
@@ -161,58 +158,20 @@ def _load() -> Library:
     machine = platform.machine()
     if machine != "x86_64":
         raise LibraryError(f"libqatzip exists for x86-64 only, this machine is {machine}")
-    try:
-        from multifd_qatzip._libqatzip import ffi  # cffi's backend is a library too
-    except ImportError as error:
-        raise LibraryError(str(error)) from error
-
-    wanted = os.environ.get(SETTING) or SONAME
-    flags = ffi.RTLD_NOW | ffi.RTLD_LOCAL
+    wanted = os.environ.get(SETTING, "")
     if os.path.isabs(wanted):
         for neighbour in (os.path.join(os.path.dirname(wanted), name) for name in NEIGHBOURS):
             if os.path.exists(neighbour):
-                with suppress(OSError, UnicodeError):  # then libqatzip will say what it misses
-                    _kept.append(ffi.dlopen(neighbour, flags))
-    elif wanted != SONAME:
-        raise LibraryError(f"{SETTING}={wanted} is not an absolute path")
-    try:
-        lib: Any = ffi.dlopen(wanted, flags)
-    except (OSError, UnicodeError) as error:
-        text = str(error).removeprefix(f"cannot load library '{wanted}': ")
-        raise LibraryError(" ".join(text.split())) from None
-    _kept.append(lib)
-    path, version = _file(wanted)
-    try:
-        # Finds what is loaded by its soname.  Not with cffi: where the loader gives no reason,
-        # as for this, it crashes (2.1.1).
-        ctypes.CDLL(SONAME, os.RTLD_NOW | os.RTLD_NOLOAD)
-    except OSError:
-        raise LibraryError(f"{path}: its soname is not {SONAME}, the one this plugin knows") from None
-    for name in FUNCTIONS:
-        try:
-            getattr(lib, name)
-        except ffi.error:
-            raise LibraryError(f"{path} has no {name}: libqatzip before 1.0.9, or not whole") from None
+                with suppress(OSError):  # then libqatzip will say what it misses
+                    ctypes.CDLL(neighbour)
+    missing = "libqatzip before 1.0.9, or not whole"
+    lib, ffi, path = open_library("multifd_qatzip._libqatzip", SETTING, SONAME, FUNCTIONS, missing)
     _check_layout(path, lib, ffi)
     with suppress(ffi.error):  # before 1.3.0 there is no switch
         lib.qzSetLogLevel(0)
-    return Library(version, lib, ffi)
-
-
-#: Never unloaded: libqatzip's destructor stops the device under whoever still uses it.
-_kept: list[Any] = []
-
-
-def _file(wanted: str) -> tuple[str, str]:
-    """The real file behind a name, and its version with the release it belongs to."""
-    with open("/proc/self/maps") as maps:
-        paths = [line.split(maxsplit=5)[5].rstrip("\n") for line in maps if "/libqatzip.so" in line]
-    path = os.path.realpath(wanted) if os.path.isabs(wanted) else next(iter(paths), wanted)
-    _, so, version = os.path.basename(path).partition(".so.")
-    if not so or not version:
-        return path, "of unknown version"
-    release = RELEASES.get(version)
-    return path, f"{version} (QATzip {release})" if release else f"{version} (newer than tested)"
+    version = file_version(path)
+    release = f"QATzip {RELEASES[version]}" if version in RELEASES else "newer than tested"
+    return Library(f"{version} ({release})" if version[0].isdigit() else version, lib, ffi)
 
 
 def _check_layout(path: str, lib: Any, ffi: Any) -> None:

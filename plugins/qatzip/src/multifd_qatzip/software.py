@@ -10,21 +10,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from typing import Any
 
+from multifd.deflate import ERRORS, PROVIDER, VERSION, crc32, inflate, isal_zlib
 from multifd.errors import CompressorError
 from multifd.flags import MAX_PAYLOAD, METHODS, PACKET_SIZE
 from multifd.hookspecs import Channel, Facts, Probe, hookimpl
 from multifd.wire import Buffer
 from multifd_qatzip.members import MEMBER_SIZE, TRAILER, Member, pack_header, parse
-
-isal: Any
-isal_zlib: Any
-try:  # wheels exist for x86-64 and aarch64; elsewhere zlib does it all
-    import isal
-    from isal import isal_zlib
-except ImportError:
-    isal = isal_zlib = None
 
 #: libqatzip takes 10 to 12 at set-up and then fails to compress in software (1.2.0 to 2.0.0).
 LEVELS = range(1, 10)
@@ -35,14 +27,6 @@ ISAL_LEVELS = range(1, 4) if isal_zlib else range(0)
 RAW = -15
 MEMORY_LEVEL = 9
 XFL = {1: 4, 9: 2}
-ERRORS = (zlib.error, isal_zlib.error) if isal_zlib else (zlib.error,)
-PROVIDER = "zlib+ISA-L" if isal_zlib else "zlib"
-VERSION = zlib.ZLIB_RUNTIME_VERSION + (f"+{isal.ISAL_VERSION}" if isal_zlib else "")
-#: Bytes decoded at once, however large a member is.
-STEP = 64 * 1024
-
-_inflater = (isal_zlib or zlib).decompressobj
-_crc32 = (isal_zlib or zlib).crc32
 
 
 def join(pages: Sequence[memoryview]) -> Buffer:
@@ -71,7 +55,7 @@ def compress_member(source: memoryview, level: int) -> list[Buffer]:
     """One member, as buffers."""
     deflated = _deflate(source, level)
     head = pack_header(len(source), len(deflated), XFL.get(level, 0))
-    return [head, deflated, TRAILER.pack(_crc32(source), len(source))]
+    return [head, deflated, TRAILER.pack(crc32(source), len(source))]
 
 
 def _deflate(source: memoryview, level: int) -> bytes:
@@ -97,36 +81,16 @@ def decompress_member(payload: memoryview, member: Member, target: memoryview) -
     has the CRC-32 of its trailer.
     """
     try:
-        _inflate(payload[member.start : member.end], target)
+        inflate(payload[member.start : member.end], target, RAW)
     except ERRORS as error:
         raise CompressorError(f"byte {member.start} of the payload: damaged deflate data: {error}") from error
     except CompressorError as error:
         raise CompressorError(f"byte {member.start} of the payload: {error}") from error
-    crc = _crc32(target)
+    crc = crc32(target)
     if crc != member.crc:
         raise CompressorError(
             f"byte {member.start} of the payload: decodes to CRC-32 {crc:08x} instead of {member.crc:08x}"
         )
-
-
-def _inflate(data: Buffer, target: memoryview) -> None:
-    stream = _inflater(RAW)
-    done = 0
-    while done < len(target):
-        output = stream.decompress(data, min(STEP, len(target) - done))
-        if not output:
-            break
-        target[done : done + len(output)] = output
-        done += len(output)
-        data = stream.unconsumed_tail
-    if done == len(target) and not stream.eof and stream.decompress(data, 1):
-        raise CompressorError(f"decodes to more than its {len(target)} bytes")
-    if not stream.eof:
-        raise CompressorError(f"ends inside its deflate data, at {done} of {len(target)} bytes")
-    if done < len(target):
-        raise CompressorError(f"decodes to {done} bytes instead of {len(target)}")
-    if stream.unused_data:
-        raise CompressorError(f"has {len(stream.unused_data)} bytes left over")
 
 
 def read_payload(channel: Channel, buffer: memoryview, expected: int) -> tuple[memoryview, list[Member]]:

@@ -74,7 +74,7 @@ class Libqpl:
     def load(self) -> str:
         """Load libqpl, check it once, and return its version.  Starts no device."""
         if self._lib is None:
-            lib, ffi = open_library("multifd_qpl._libqpl", SETTING, SONAME, FUNCTIONS)
+            lib, ffi, _ = open_library("multifd_qpl._libqpl", SETTING, SONAME, FUNCTIONS)
             _check_layout(lib, ffi)
             self._ffi, self._lib = ffi, lib
         return str(self._ffi.string(self._lib.qpl_get_library_version()).decode())
@@ -208,6 +208,8 @@ class Session:
         job.available_out = self._room
         job.total_in = job.total_out = 0
         code: int = self._lib.qpl_submit_job(job)
+        if code != OK:
+            slot.given = None
         return code
 
     def _wait(self, slot: _Slot) -> int:

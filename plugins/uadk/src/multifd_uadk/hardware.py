@@ -15,7 +15,7 @@ from typing import Any
 
 from multifd.flags import METHODS
 from multifd.hookspecs import Facts
-from multifd.pagedevice import FALLBACK_OPTION, DeviceCompressor, DeviceError, open_library
+from multifd.pagedevice import FALLBACK_OPTION, DeviceCompressor, DeviceError, file_version, open_library
 from multifd.pagelist import Job
 from multifd.wire import Buffer
 
@@ -55,17 +55,18 @@ class Libwd:
         # Guarded by the lock:
         self._lib: Any = None
         self._ffi: Any = None
+        self._path = ""
         self._started = False
 
     def load(self) -> str:
         """Load libwd_comp and return its version, as far as its file's name tells.  Starts no device."""
         with self._lock:
             self._load()
-        return os.path.basename(os.path.realpath(_path())).partition(".so.")[2] or "of unknown version"
+        return file_version(self._path)
 
     def _load(self) -> None:
         if self._lib is None:
-            self._lib, self._ffi = open_library("multifd_uadk._libwd_comp", SETTING, SONAME, FUNCTIONS)
+            self._lib, self._ffi, self._path = open_library("multifd_uadk._libwd_comp", SETTING, SONAME, FUNCTIONS)
 
     def open(self, page_size: int, *, compressing: bool) -> Session:
         """A session for one channel in one direction.  Raises DeviceError where there is no device."""
@@ -78,13 +79,6 @@ class Libwd:
                     raise DeviceError(f"wd_comp_init2: {describe(code)}")
                 self._started = True
         return Session(self._lib, self._ffi, page_size, compressing=compressing)
-
-
-def _path() -> str:
-    """The file that was loaded."""
-    with open("/proc/self/maps") as maps:
-        found = [line.split(maxsplit=5)[5].rstrip("\n") for line in maps if "/libwd_comp.so" in line]
-    return next(iter(found), "")
 
 
 class Session:

@@ -11,20 +11,13 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
+from multifd.deflate import ERRORS, PROVIDER, STEP, VERSION, decompressobj, isal_zlib
 from multifd.errors import CompressorError
 from multifd.flags import MAX_PAYLOAD, METHODS
 from multifd.hookspecs import Channel, Facts, Probe, hookimpl
 from multifd.wire import Buffer
-
-isal: Any
-isal_zlib: Any
-try:  # wheels exist for x86-64 and aarch64; elsewhere zlib does it all
-    import isal
-    from isal import isal_zlib
-except ImportError:
-    isal = isal_zlib = None
 
 __version__ = "0.1.0"
 
@@ -35,14 +28,11 @@ ISAL_LEVELS = {1: 2, 2: 3} if isal_zlib else {}
 ISAL_MEMORY = 2
 #: Stores; ISA-L; ISA-L at a third of the speed; zlib at a tenth.
 LADDER = (0, 1, 2, 6)
-ERRORS = (zlib.error, isal_zlib.error) if isal_zlib else (zlib.error,)
 #: A sync flush ends every payload of QEMU.
 FLUSH_MARKER = b"\x00\x00\xff\xff"
 #: What a flush adds after a page's last symbol is shorter than this: the end of the block (15
 #: bits at most), an empty block, the marker.
 FLUSH_ROOM = 16
-#: Bytes decoded at once: larger pieces are no faster and cost the process 20 MiB per channel.
-STEP = 64 * 1024
 
 
 class _Deflate(Protocol):
@@ -78,9 +68,7 @@ def multifd_compressor() -> Facts:
 
 @hookimpl
 def multifd_probe() -> Probe:
-    if isal_zlib is None:
-        return Probe(True, "zlib", zlib.ZLIB_RUNTIME_VERSION)
-    return Probe(True, "zlib+ISA-L", f"{zlib.ZLIB_RUNTIME_VERSION}+{isal.ISAL_VERSION}")
+    return Probe(True, PROVIDER, VERSION)
 
 
 @hookimpl
@@ -119,7 +107,7 @@ def multifd_send_cleanup(channel: Channel) -> None:
 
 @hookimpl
 def multifd_recv_setup(channel: Channel) -> None:
-    channel.compress_data = _Decoder((isal_zlib or zlib).decompressobj())
+    channel.compress_data = _Decoder(decompressobj())
 
 
 @hookimpl
