@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from multifd.errors import CompressorError
 from multifd.flags import MAX_PAYLOAD, METHODS, PACKET_SIZE
 from multifd.hookspecs import Channel, Facts, Probe, hookimpl
-from multifd.wire import Buffer
+from multifd.wire import Buffer, cut
 
 zstandard: Any
 try:
@@ -45,15 +45,18 @@ TUNED = {
 }
 TUNED[0] = TUNED[3]
 
-
-#: The first finds nothing in most memory and passes it on in raw blocks.
+#: The first stores: the library would find nothing in most memory at this level.
 LADDER = (-131072, -20, -1, 1, 3, 6, 9)
+#: A frame of the shortest window whose blocks may have 128 KiB, of unknown length and without a checksum.
+RAW_FRAME = struct.pack("<IBB", FRAME_MAGIC, 0, (17 - 10) << 3)
+MOST_RAW = 1 << 17
 
 
 @dataclass(slots=True)
 class _Encoder:
     level: int
     live: bool
+    made_for: int | None = None
     compressor: Any = None
     frame: Any = None
     frame_length: int = 0
@@ -64,14 +67,20 @@ class _Encoder:
         parameters = zstandard.ZstdCompressionParameters.from_level(
             level, write_content_size=False, write_checksum=False, **tuned
         )
-        self.level = level
+        self.made_for = level
         self.compressor = zstandard.ZstdCompressor(compression_params=parameters)
         self.frame_length = 1 << parameters.window_log if tuned or self.live else sys.maxsize
 
-    def compress(self, data: Buffer, level: int) -> list[Buffer]:
+    def compress(self, pages: Sequence[memoryview], level: int) -> list[Buffer]:
+        if self.frame is None and self.live and level == LADDER[0]:
+            self.level = level
+            return [RAW_FRAME, *_raw(pages)]
+        # One call per packet: each gives up the interpreter and has to win it back.
+        data = pages[0] if len(pages) == 1 else b"".join(pages)
         if self.frame is None:
-            if self.compressor is None or level != self.level:
+            if self.compressor is None or level != self.made_for:
                 self._set_up(level)
+            self.level = level
             self.frame = self.compressor.compressobj()
             self.room = self.frame_length
         frame = self.frame
@@ -106,13 +115,21 @@ def multifd_send_setup(channel: Channel) -> None:
 @hookimpl
 def multifd_send_prepare(channel: Channel, pages: Sequence[memoryview]) -> Sequence[Buffer]:
     encoder: _Encoder = channel.compress_data
-    # One call per packet: each gives up the interpreter and has to win it back.
-    data = pages[0] if len(pages) == 1 else b"".join(pages)
     if not channel.live or channel.level is None:
-        return encoder.compress(data, encoder.level)
-    payload = encoder.compress(data, channel.level)
+        return encoder.compress(pages, encoder.level)
+    payload = encoder.compress(pages, channel.level)
     channel.level = encoder.level  # another one waits for the next frame
     return payload
+
+
+def _raw(pages: Sequence[memoryview]) -> Iterator[Buffer]:
+    """Raw blocks of all the pages, which are not copied, the last one marked so."""
+    left = sum(map(len, pages))
+    for block in cut(pages, MOST_RAW):
+        size = sum(map(len, block))
+        left -= size
+        yield (size << 3 | (not left)).to_bytes(3, "little")
+        yield from block
 
 
 @hookimpl
