@@ -218,6 +218,8 @@ def multifd_recv(channel: Channel, pages: memoryview) -> None:
     decoder: _Decoder = channel.compress_data
     payload = decoder.payload[: channel.next_packet_size]
     channel.read_into(payload)
+    if not decoder.blocks.in_frame and _copy_raw(payload, pages):
+        return
     decoder.blocks.walk(payload)
     # The library gives out what it holds back only when it gets more input.
     decoder.source.parts = [payload, EMPTY_BLOCK if decoder.blocks.in_frame else EMPTY_FRAME]
@@ -239,6 +241,23 @@ def multifd_recv(channel: Channel, pages: memoryview) -> None:
         f"the payload of {len(payload)} bytes holds more than its {len(pages)} bytes of pages"
         + ("" if more else ": the stream ended")
     )
+
+
+def _copy_raw(payload: memoryview, pages: memoryview) -> bool:
+    """Fill the pages from a frame of raw blocks only, as this sender stores them; False for any other payload."""
+    position, done = len(RAW_FRAME), 0
+    if payload[:position] != RAW_FRAME:
+        return False
+    while position < len(payload):
+        header = int.from_bytes(payload[position : position + 3], "little")
+        position, size = position + 3, header >> 3
+        if header & 6 or size > min(MOST_RAW, len(payload) - position, len(pages) - done):
+            return False
+        pages[done : done + size] = payload[position : position + size]
+        position, done = position + size, done + size
+        if header & 1:
+            return position == len(payload) and done == len(pages)
+    return False
 
 
 @hookimpl
