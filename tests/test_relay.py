@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 import socket
 import subprocess
 import sys
@@ -20,7 +22,7 @@ import qatdriver
 import streams
 from conftest import Capture
 from multifd import metrics, migrate
-from multifd.errors import CallerError, MultifdError, PeerError
+from multifd.errors import CallerError, HostError, MultifdError, PeerError
 from multifd.relay import STAGES, Relay, Relayed
 from multifd.snapshot import open_source
 
@@ -223,6 +225,47 @@ def test_a_source_that_dies(work: Path, cut: int) -> None:
             there.join()
         relaying.error()
     assert not (work / "snap").exists()
+
+
+@pytest.mark.parametrize("lacking", ["descriptors", "threads"])
+def test_what_the_machine_is_short_of_ends_one_migration(
+    work: Path, monkeypatch: pytest.MonkeyPatch, lacking: str
+) -> None:
+    content = image(work)
+    stream = streams.small(channels=1)
+    real_start = threading.Thread.start
+
+    def pipe() -> tuple[int, int]:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    def start(thread: threading.Thread) -> None:
+        """The main channel's own starts, what it starts for the destination's answers does not."""
+        if threading.current_thread().name == "multifd-relay":
+            raise RuntimeError("can't start new thread")
+        real_start(thread)
+
+    with closing(Relaying(f"unix:{work}/there", migrations=2)) as relaying:
+        with monkeypatch.context() as patch, socket.socket(socket.AF_UNIX) as there, peers.dial(relaying.uri) as main:
+            there.bind(f"{work}/there")
+            there.listen()
+            if lacking == "descriptors":
+                patch.setattr("os.pipe", pipe)
+                main.sendall(stream.main)
+                with peers.dial(relaying.uri) as channel:
+                    channel.sendall(stream.channels[0])
+                    assert peers.eventually(lambda: relaying.outcomes != [])
+            else:
+                patch.setattr(threading.Thread, "start", start)
+                main.sendall(stream.main[:100])
+                assert peers.eventually(lambda: relaying.outcomes != [])
+        receiving = peers.Receiving(work / "snap", f"unix:{work}/there")
+        migrate.send(open_source(work / "image.raw"), relaying.uri)
+        receiving.join()
+        failed, passed = relaying.join()
+    assert isinstance(failed, HostError)
+    assert ("Too many open files" if lacking == "descriptors" else "can't start new thread") in str(failed)
+    assert isinstance(passed, Relayed)
+    assert (work / "snap" / "0-pc.ram.raw").read_bytes() == content
 
 
 def test_stop_ends_what_is_under_way(work: Path) -> None:
