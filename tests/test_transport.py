@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import peers
-from multifd.transport import ACCEPT_AGAIN, Listener, Silence, SocketConnection, Uri
+from multifd.errors import CallerError, HostError
+from multifd.transport import ACCEPT_AGAIN, Listener, Silence, SocketConnection, Uri, connect
 
 
 def test_a_writer_hears_of_a_reset_at_once() -> None:
@@ -63,3 +64,11 @@ def test_a_listener_without_descriptors_waits_for_one(work: Path, then: str) -> 
         if connection is not None:
             connection.close()
     listener.close()
+
+
+def test_a_path_that_is_too_long_is_said_to_be() -> None:
+    uri = Uri.parse(f"unix:/{'x' * 108}")
+    with pytest.raises(HostError, match="x: AF_UNIX path too long"):
+        connect(uri, Silence(peers.TIMEOUT))
+    with pytest.raises(CallerError, match="x: AF_UNIX path too long"):
+        Listener(uri)

@@ -407,7 +407,7 @@ class Listener:
             self._socket.listen(256)
         except OSError as error:
             self.close()
-            raise CallerError(f"cannot listen on {uri}: {error.strerror}") from error
+            raise CallerError(f"cannot listen on {uri}: {error.strerror or error}") from error
 
     def accept(self, silence: Silence) -> SocketConnection | None:
         """The next connection; None once the listener is interrupted or closed."""
@@ -501,7 +501,7 @@ def connect(
         raise HostError(f"{uri} does not answer within {silence.timeout:g} s (--timeout)") from error
     refused = isinstance(error, (ConnectionRefusedError, FileNotFoundError))
     hint = f": is {who} listening there?" if refused else ""
-    raise HostError(f"cannot connect to {uri}: {error.strerror if error else 'no address'}{hint}") from error
+    raise HostError(f"cannot connect to {uri}: {(error.strerror or error) if error else 'no address'}{hint}") from error
 
 
 class RecordedConnection:
