@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ class Relaying:
 
     def __init__(self, target: str, migrations: int = 1, listen: str = "tcp:127.0.0.1:0", **options: object) -> None:
         self.outcomes: list[Relayed | MultifdError] = []
-        self.relay = Relay(listen, target, timeout=peers.TIMEOUT, **options)  # type: ignore[arg-type]
+        self.relay = Relay(listen, target, **{"timeout": peers.TIMEOUT} | options)  # type: ignore[arg-type]
         self.uri = self.relay.uri
         self._thread = threading.Thread(target=lambda: self.relay.serve(self.outcomes.append, migrations=migrations))
         self._thread.start()
@@ -163,6 +164,29 @@ def test_a_second_migration_meanwhile_is_refused_and_mixes_nothing(work: Path) -
         for sock in (*socks, other, late, stranger):
             sock.close()
     assert (work / "snap" / "0-pc.ram.raw").read_bytes() == stream.ram["pc.ram"]
+
+
+@pytest.mark.parametrize("moving", [True, False])
+def test_a_channel_may_be_quiet_while_another_moves(moving: bool) -> None:
+    """Inside a packet; the relay was idle for longer before."""
+    stream = streams.small("zlib", return_path=True, channels=2)
+    quiet, busy = stream.channels
+    there = peers.Keeping(2, everything=sum(map(len, [stream.main, quiet, busy])) if moving else None)
+    with closing(Relaying(there.uri, timeout=0.5)) as relaying:
+        time.sleep(0.6)
+        with peers.dial(relaying.uri) as main, peers.dial(relaying.uri) as first, peers.dial(relaying.uri) as second:
+            main.sendall(stream.main)
+            first.sendall(quiet[:-1])
+            second.sendall(busy[:-20])
+            if not moving:
+                assert "nothing moved for 0.5 s (--timeout)" in relaying.error()
+            else:
+                for at in range(len(busy) - 20, len(busy)):
+                    time.sleep(0.07)
+                    second.sendall(busy[at : at + 1])
+                first.sendall(quiet[-1:])
+                assert relaying.result().confirmed
+    there.join()
 
 
 def test_what_an_earlier_migration_left_behind_is_dropped(work: Path) -> None:

@@ -737,8 +737,9 @@ class Relay:
             return None if self._stopped else self._current
 
     def _accept(self) -> None:
+        # One for all migrations, as each is served alone: a channel may be quiet while others move.
+        silence = Silence(self._timeout)
         while True:
-            silence = Silence(self._timeout)
             connection = self._listener.accept(silence)
             if connection is None:
                 return
