@@ -42,6 +42,7 @@ class Monitor:
         silence.awaited = True
         self._connection = connect(uri, silence, "QEMU's monitor")
         self._unread = b""
+        self._commands = 0
         try:
             greeting = self._read()
             if "QMP" not in greeting:
@@ -63,12 +64,15 @@ class Monitor:
 
     def command(self, name: str, /, **arguments: object) -> Any:
         """Run a command and return its answer.  Raises PeerError with QEMU's own words."""
-        message: dict[str, Any] = {"execute": name}
+        self._commands += 1
+        message: dict[str, Any] = {"execute": name, "id": self._commands}
         if arguments:
             message["arguments"] = {key.replace("_", "-"): value for key, value in arguments.items()}
         self._connection.write([json.dumps(message).encode() + b"\n"])
         while True:
             answer = self._read()
+            if answer.get("id") != self._commands:
+                continue  # an event, or the late answer to a command that timed out
             if "return" in answer:
                 return answer["return"]
             if "error" in answer:
