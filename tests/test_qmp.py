@@ -58,3 +58,15 @@ def test_a_late_answer_is_not_that_of_the_next_command(work: Path) -> None:
         with pytest.raises(PeerError, match="nothing moved"):
             client.command("late")
         assert client.command("next") == "next"
+
+
+def test_nothing_is_changed_where_the_guest_is_not_known_to_run(work: Path) -> None:
+    asked = []
+
+    def answer(name: str, _: dict[str, Any]) -> dict[str, Any]:
+        asked.append(name)
+        return {"error": {"desc": "not now"}} if name == "query-status" else {"return": {}}
+
+    with monitor(work, answer) as where, pytest.raises(PeerError, match="query-status: QEMU says: not now"):
+        qmp.Source(where, channels=2, method=None, timeout=peers.TIMEOUT)
+    assert asked == ["qmp_capabilities", "query-status"]

@@ -139,6 +139,7 @@ class _Side:
         self.monitor = Monitor(where, timeout)
         self._timeout = timeout
         try:
+            self._was_running: bool = self.monitor.command("query-status")["running"]  # may fail: nothing is changed yet
             self._settings = Settings(self.monitor, OFF | capabilities, parameters)
         except BaseException:
             self.monitor.close()
@@ -191,7 +192,6 @@ class Source(_Side):
         if method is not None:
             parameters["multifd-compression"] = method
         super().__init__(where, {"multifd": True, "return-path": True}, parameters, timeout)
-        self._was_running: bool = self.monitor.command("query-status")["running"]
 
     def start(self, uri: str) -> None:
         """Begin to send to `uri`.  Raises PeerError."""
