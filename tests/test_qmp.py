@@ -70,3 +70,30 @@ def test_nothing_is_changed_where_the_guest_is_not_known_to_run(work: Path) -> N
     with monitor(work, answer) as where, pytest.raises(PeerError, match="query-status: QEMU says: not now"):
         qmp.Source(where, channels=2, method=None, timeout=peers.TIMEOUT)
     assert asked == ["qmp_capabilities", "query-status"]
+
+
+def test_a_setting_that_is_not_put_back_is_told_and_the_others_are(work: Path) -> None:
+    put_back = []
+
+    def answer(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        match name:
+            case "query-status":
+                return {"return": {"running": True}}
+            case "query-migrate-capabilities":
+                return {"return": [{"capability": "multifd", "state": False}]}
+            case "query-migrate-parameters":
+                return {"return": {"multifd-channels": 7}}
+            case "migrate-set-parameters" if arguments == {"multifd-channels": 7}:
+                return {"error": {"desc": "not now"}}
+            case "migrate-set-capabilities":
+                put_back.append(arguments["capabilities"])
+        return {"return": {}}
+
+    with monitor(work, answer) as where:
+        driver = qmp.Source(where, channels=2, method=None, timeout=peers.TIMEOUT)
+        with (
+            pytest.warns(RuntimeWarning, match="not put back as it was: multifd-channels: .*QEMU says: not now"),
+            driver,
+        ):
+            put_back.clear()
+    assert put_back == [[{"capability": "multifd", "state": False}]]

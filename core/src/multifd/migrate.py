@@ -468,6 +468,7 @@ def receive(
                 on_listening(str(listener.uri))
             arrivals.start()
             if driver is not None:
+                cleanup.push(driver.recover)  # while there is still somebody at its other end
                 driver.start(str(listener.uri))
         for connection in recorded:
             arrivals.take(connection)
@@ -481,9 +482,7 @@ def receive(
         except MultifdError as error:
             if driver is None:
                 raise
-            told = driver.explain(error)
-            driver.recover()
-            raise told from error
+            raise driver.explain(error) from error
     if digests and job.snapshot is not None:
         job.snapshot.add_digests()
     return result

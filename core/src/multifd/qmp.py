@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Self
 
 from multifd.errors import MultifdError, PeerError
-from multifd.transport import Silence, Uri, connect
+from multifd.transport import Ended, Lost, Silence, Uri, connect
 
 #: Seconds between two looks at a migration.
 POLL = 0.1
@@ -82,9 +83,7 @@ class Monitor:
         while b"\n" not in self._unread:
             data = self._connection.read_some(65536, due=True)
             if not data:
-                raise PeerError(
-                    f"{self.name}: QEMU closed its monitor: is it still there, and does nobody else use it?"
-                )
+                raise Ended(f"{self.name}: QEMU closed its monitor: is it still there, and does nobody else use it?")
             self._unread += data
         line, _, self._unread = self._unread.partition(b"\n")
         try:
@@ -111,9 +110,8 @@ class Settings:
         }
         try:
             self._set(wanted, dict(parameters))
-        except MultifdError:
-            with suppress(MultifdError):
-                self.restore()
+        except BaseException:
+            self.restore()
             raise
 
     def _set(self, capabilities: dict[str, bool], parameters: dict[str, object]) -> None:
@@ -124,10 +122,16 @@ class Settings:
             self._monitor.command("migrate-set-parameters", **parameters)
 
     def restore(self) -> None:
-        """Put back what was changed.  Raises PeerError where QEMU is gone or refuses."""
-        self._set({}, self._parameters)  # in reverse: mapped-ram is not taken beside a compression
-        self._set(self._capabilities, {})
-        self._capabilities, self._parameters = {}, {}
+        """Put back what was changed.  Warns of what QEMU refuses; one that has gone needs nothing."""
+        # In reverse: mapped-ram is not taken beside a compression.
+        for capabilities, parameters in (({}, self._parameters), (self._capabilities, {})):
+            try:
+                self._set(capabilities, parameters)
+            except (Ended, Lost):
+                return
+            except MultifdError as error:
+                names = ", ".join([*capabilities, *parameters])
+                warnings.warn(f"not put back as it was: {names}: {error}", RuntimeWarning, stacklevel=2)
 
 
 class _Side:
@@ -139,7 +143,8 @@ class _Side:
         self.monitor = Monitor(where, timeout)
         self._timeout = timeout
         try:
-            self._was_running: bool = self.monitor.command("query-status")["running"]  # may fail: nothing is changed yet
+            # First: it may fail, and nothing is changed yet.
+            self._was_running: bool = self.monitor.command("query-status")["running"]
             self._settings = Settings(self.monitor, OFF | capabilities, parameters)
         except BaseException:
             self.monitor.close()
@@ -149,9 +154,10 @@ class _Side:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(MultifdError):  # QEMU may have gone, as it was told to
+        try:
             self._settings.restore()
-        self.monitor.close()
+        finally:
+            self.monitor.close()
 
     def status(self) -> dict[str, Any]:
         """`query-migrate`'s answer; `status` is `none` before there was one."""
@@ -197,8 +203,12 @@ class Source(_Side):
         """Begin to send to `uri`.  Raises PeerError."""
         self.monitor.command("migrate", uri=uri)
 
-    def recover(self) -> None:
-        """After a failure: give the migration up, and let a guest that ran go on."""
+    def recover(self, failure: type[BaseException] | None, *_: object) -> None:
+        """Like `__exit__`, for an ExitStack: after a failure, or Ctrl-C, give the migration up, and let a guest
+        that ran go on.  QEMU takes no settings back before.
+        """
+        if failure is None:
+            return
         with suppress(MultifdError):
             if self._ended(1)["status"] not in (*ENDED, "none"):
                 self.monitor.command("migrate_cancel")
