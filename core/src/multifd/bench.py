@@ -27,7 +27,7 @@ from typing import Any
 
 from multifd import plugins
 from multifd.effort import Choice, Effort
-from multifd.errors import CallerError, CompressorError, MultifdError
+from multifd.errors import CallerError, CompressorError, MultifdError, counted
 from multifd.flags import PACKET_SIZE
 from multifd.hookspecs import Facts
 from multifd.migrate import next_data, open_block
@@ -441,7 +441,7 @@ def picture(bench: Bench, links: Sequence[float]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom + BOTTOM}" font-family="sans-serif">',
         '<rect width="100%" height="100%" fill="white"/>',
         _text(LEFT, 28, f"Migration time of {bench.path.name} over the link's bandwidth", size=18),
-        _text(LEFT, 48, f"{bench.cores} core{'s' * (bench.cores != 1)} on each side; {MODEL}", fill="#555"),
+        _text(LEFT, 48, f"{counted(bench.cores, 'core')} on each side; {MODEL}", fill="#555"),
         _text(LEFT - 8, TOP - 15, "best", anchor="end"),
     ]
     for value, name in _ticks(narrow, wide):

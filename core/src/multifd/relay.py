@@ -25,7 +25,7 @@ from typing import NamedTuple, Self
 from uuid import UUID
 
 from multifd.effort import Choice, Effort
-from multifd.errors import HostError, MultifdError, PeerError, UsageError
+from multifd.errors import HostError, MultifdError, PeerError, UsageError, counted
 from multifd.flags import MAX_PAYLOAD, METHODS, VM_FILE_MAGIC, Command, method_name
 from multifd.migrate import DEFAULT_TIMEOUT, MAIN_READ, connecting_wrap, listening_wrap, warn_exposed
 from multifd.observers import BACK, IN, OUT, Observers, Watch
@@ -471,7 +471,7 @@ class _Migration:
         if methods:
             shown.append(f"method {'+'.join(map(method_name, sorted(methods)))}")
         if channels:
-            shown.append(f"multifd with {channels} channel{'s' * (channels != 1)}")
+            shown.append(f"multifd with {counted(channels, 'channel')}")
         fit = f"; it has to have {', '.join(shown)} (multifd doctor compares)" if shown else ""
         return PeerError(f"{where}the destination closed the connection: its own message says why{fit}")
 
