@@ -300,13 +300,16 @@ def bench(path: str | Path, *, cores: int = 2, on_setting: Callable[[str], None]
     """Measure every available compressor on an image or a snapshot, `cores` of each side at work.
 
     `on_setting` is told each setting before it is measured.  Raises CallerError for what is no
-    image or holds zero pages only, HostError where it cannot be read; a compressor that is not
+    image or holds zero pages only, or without none, HostError where it cannot be read; a compressor that is not
     available or fails is a row with its reason.
     """
     source = open_source(path)
     sample = take_sample(source)
+    states = plugins.rows()
+    if not any(state["name"] == "none" and state["available"] for state in states):
+        raise CallerError("all others are compared with none: leave it in (--disable, MULTIFD_DISABLE)")
     found: list[Row | _Measured] = []
-    for state in plugins.rows():
+    for state in states:
         reason = "; ".join(filter(None, (state["reason"], state["install"] if state["reason"] else "")))
         if state["available"]:
             found += _measure_all(state["name"], state["hardware"], reason, sample, source.page_size, on_setting)
