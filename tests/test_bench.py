@@ -293,6 +293,8 @@ def test_mistakes_are_one_line(work: Path) -> None:
     fails(1, "empty.raw is empty", "bench", work / "empty.raw")
     fails(1, "odd.raw has 5000 bytes, which is not a multiple", "bench", work / "odd.raw")
     fails(1, "zero.raw holds zero pages only", "bench", work / "zero.raw")
+    (work / "one.raw").write_bytes(b"1" * 4096)
+    fails(1, "compared with none: leave it in", "bench", work / "one.raw", "--disable", "none")
     fails(1, "holds no snapshot.json", "bench", work)
     fails(1, "no/such is not a directory", "bench", work / "zero.raw", "--svg", work / "no/such/file.svg")
     fails(2, "'10' is no bandwidth: write 10Gbit/s", "bench", work / "zero.raw", "--link", "10")

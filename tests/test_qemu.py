@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -263,6 +264,27 @@ def test_receive_drives_the_source(start: Start, work: Path, release: str, then:
     source.reconnect()
     assert settings(source) == before, "put back"
     assert source.monitor.command("query-status")["running"] == (then == "resume")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_receive_that_is_interrupted_leaves_the_source_as_it_was(start: Start, work: Path, number: int) -> None:
+    source = start("10.0", "source")
+    source.fill(content())
+    source.monitor.command("migrate-set-parameters", max_bandwidth=1_000_000)
+    source.monitor.command("cont")
+    before = settings(source)
+    source.monitor.close()
+    command = ["receive", f"unix:{work}/here", "-o", str(work / "snap"), "--qmp", str(work / "source.qmp")]
+    with subprocess.Popen([sys.executable, "-m", "multifd", *command], stderr=subprocess.PIPE, text=True) as receiving:
+        assert peers.eventually(lambda: bool(list(work.glob(".snap.*.partial"))))
+        receiving.send_signal(number)
+        assert receiving.wait(20) in (130, 128 + signal.SIGTERM)
+        assert receiving.stderr is not None
+        assert "warning" not in receiving.stderr.read()
+    source.reconnect()
+    assert source.status() == "cancelled"
+    assert settings(source) == before
+    assert source.monitor.command("query-status")["running"]
 
 
 @pytest.mark.parametrize("release", RELEASES)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -20,7 +23,7 @@ import qatdriver
 import streams
 from conftest import Capture
 from multifd import metrics, migrate
-from multifd.errors import CallerError, MultifdError, PeerError
+from multifd.errors import CallerError, HostError, MultifdError, PeerError
 from multifd.relay import STAGES, Relay, Relayed
 from multifd.snapshot import open_source
 
@@ -32,7 +35,7 @@ class Relaying:
 
     def __init__(self, target: str, migrations: int = 1, listen: str = "tcp:127.0.0.1:0", **options: object) -> None:
         self.outcomes: list[Relayed | MultifdError] = []
-        self.relay = Relay(listen, target, timeout=peers.TIMEOUT, **options)  # type: ignore[arg-type]
+        self.relay = Relay(listen, target, **{"timeout": peers.TIMEOUT} | options)  # type: ignore[arg-type]
         self.uri = self.relay.uri
         self._thread = threading.Thread(target=lambda: self.relay.serve(self.outcomes.append, migrations=migrations))
         self._thread.start()
@@ -163,6 +166,29 @@ def test_a_second_migration_meanwhile_is_refused_and_mixes_nothing(work: Path) -
     assert (work / "snap" / "0-pc.ram.raw").read_bytes() == stream.ram["pc.ram"]
 
 
+@pytest.mark.parametrize("moving", [True, False])
+def test_a_channel_may_be_quiet_while_another_moves(moving: bool) -> None:
+    """Inside a packet; the relay was idle for longer before."""
+    stream = streams.small("zlib", return_path=True, channels=2)
+    quiet, busy = stream.channels
+    there = peers.Keeping(2, everything=sum(map(len, [stream.main, quiet, busy])) if moving else None)
+    with closing(Relaying(there.uri, timeout=0.5)) as relaying:
+        time.sleep(0.6)
+        with peers.dial(relaying.uri) as main, peers.dial(relaying.uri) as first, peers.dial(relaying.uri) as second:
+            main.sendall(stream.main)
+            first.sendall(quiet[:-1])
+            second.sendall(busy[:-20])
+            if not moving:
+                assert "nothing moved for 0.5 s (--timeout)" in relaying.error()
+            else:
+                for at in range(len(busy) - 20, len(busy)):
+                    time.sleep(0.07)
+                    second.sendall(busy[at : at + 1])
+                first.sendall(quiet[-1:])
+                assert relaying.result().confirmed
+    there.join()
+
+
 def test_what_an_earlier_migration_left_behind_is_dropped(work: Path) -> None:
     """A channel that connects when its main channel has failed already does not spoil the next migration."""
     content = image(work)
@@ -223,6 +249,47 @@ def test_a_source_that_dies(work: Path, cut: int) -> None:
             there.join()
         relaying.error()
     assert not (work / "snap").exists()
+
+
+@pytest.mark.parametrize("lacking", ["descriptors", "threads"])
+def test_what_the_machine_is_short_of_ends_one_migration(
+    work: Path, monkeypatch: pytest.MonkeyPatch, lacking: str
+) -> None:
+    content = image(work)
+    stream = streams.small(channels=1)
+    real_start = threading.Thread.start
+
+    def pipe() -> tuple[int, int]:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    def start(thread: threading.Thread) -> None:
+        """The main channel's own starts, what it starts for the destination's answers does not."""
+        if threading.current_thread().name == "multifd-relay":
+            raise RuntimeError("can't start new thread")
+        real_start(thread)
+
+    with closing(Relaying(f"unix:{work}/there", migrations=2)) as relaying:
+        with monkeypatch.context() as patch, socket.socket(socket.AF_UNIX) as there, peers.dial(relaying.uri) as main:
+            there.bind(f"{work}/there")
+            there.listen()
+            if lacking == "descriptors":
+                patch.setattr("os.pipe", pipe)
+                main.sendall(stream.main)
+                with peers.dial(relaying.uri) as channel:
+                    channel.sendall(stream.channels[0])
+                    assert peers.eventually(lambda: relaying.outcomes != [])
+            else:
+                patch.setattr(threading.Thread, "start", start)
+                main.sendall(stream.main[:100])
+                assert peers.eventually(lambda: relaying.outcomes != [])
+        receiving = peers.Receiving(work / "snap", f"unix:{work}/there")
+        migrate.send(open_source(work / "image.raw"), relaying.uri)
+        receiving.join()
+        failed, passed = relaying.join()
+    assert isinstance(failed, HostError)
+    assert ("Too many open files" if lacking == "descriptors" else "can't start new thread") in str(failed)
+    assert isinstance(passed, Relayed)
+    assert (work / "snap" / "0-pc.ram.raw").read_bytes() == content
 
 
 def test_stop_ends_what_is_under_way(work: Path) -> None:

@@ -275,3 +275,20 @@ def test_a_payload_no_receiver_takes_is_not_sent(work: Path, monkeypatch: pytest
         timeout=9,
     )
     there.join()
+
+
+def test_a_thread_that_cannot_start_leaves_no_other(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`_nothing_left` looks whether the first one's has ended."""
+    image(work / "image.raw", 100, 4096)
+    start = threading.Thread.start
+
+    def fail(thread: threading.Thread) -> None:
+        if thread.name == "multifd-send-1":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    there = peers.Keeping(2)
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    with pytest.raises(RuntimeError, match="can't start"):
+        migrate.send(open_source(work / "image.raw"), there.uri)
+    there.join()

@@ -45,6 +45,7 @@ def test_lint_finds_nothing(tmp_path: Path, cffi: bool) -> None:
         ("4lz", "cannot be a compressor's name"),
         ("../lz4", "cannot be a compressor's name"),
         ("auto", "'auto' is reserved"),
+        ("core", "multifd-core is a distribution of multifd's own"),
         ("zlib", "zlib is a method of QEMU's"),
         ("qatzip-mine", "qatzip is a method of QEMU's"),
     ],

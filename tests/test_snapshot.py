@@ -216,3 +216,10 @@ def test_a_damaged_snapshot_is_refused(work: Path, change: dict[str, Any] | None
     index.write_text("{" if change is None else json.dumps(json.loads(index.read_text()) | change))
     with pytest.raises(CallerError, match=says):
         snapshot.open_source(work / "snap")
+
+
+def test_nothing_is_left_where_the_first_file_cannot_be_made(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot, "DEVICE_STATE", "no such directory/state")
+    with pytest.raises(HostError, match="No such file"):
+        snapshot.SnapshotWriter(work / "snap", PAGE)
+    assert os.listdir(work) == []

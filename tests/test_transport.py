@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import threading
+from pathlib import Path
 
 import pytest
 
 import peers
-from multifd.transport import Listener, Silence, Uri
+from multifd.errors import CallerError, HostError
+from multifd.transport import ACCEPT_AGAIN, Listener, Silence, SocketConnection, Uri, connect
 
 
 def test_a_writer_hears_of_a_reset_at_once() -> None:
@@ -31,3 +35,40 @@ def test_a_writer_hears_of_a_reset_at_once() -> None:
         sock.sendall(bytes(1 << 20))
     sock.close()
     listener.close()
+
+
+@pytest.mark.parametrize("then", ["room", "interrupt"])
+def test_a_listener_without_descriptors_waits_for_one(work: Path, then: str) -> None:
+    listener = Listener(Uri.parse(f"unix:{work}/here"))
+    taken: list[SocketConnection | None] = []
+    thread = threading.Thread(target=lambda: taken.append(listener.accept(Silence(peers.TIMEOUT))))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with peers.dial(str(listener.uri)) as sock:
+        first_free = os.dup(sock.fileno())
+        os.close(first_free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (first_free, limits[1]))
+        try:
+            with pytest.warns(RuntimeWarning, match="here cannot .* Too many open files: raise `ulimit -n`") as warned:
+                thread.start()
+                thread.join(3 * ACCEPT_AGAIN)
+            assert len(warned) == 1
+            assert taken == []
+            if then == "interrupt":
+                listener.interrupt()
+                thread.join(peers.TIMEOUT)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        thread.join(peers.TIMEOUT)
+        (connection,) = taken
+        assert (connection is None) == (then == "interrupt")
+        if connection is not None:
+            connection.close()
+    listener.close()
+
+
+def test_a_path_that_is_too_long_is_said_to_be() -> None:
+    uri = Uri.parse(f"unix:/{'x' * 108}")
+    with pytest.raises(HostError, match="x: AF_UNIX path too long"):
+        connect(uri, Silence(peers.TIMEOUT))
+    with pytest.raises(CallerError, match="x: AF_UNIX path too long"):
+        Listener(uri)

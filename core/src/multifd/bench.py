@@ -27,7 +27,7 @@ from typing import Any
 
 from multifd import plugins
 from multifd.effort import Choice, Effort
-from multifd.errors import CallerError, CompressorError, MultifdError
+from multifd.errors import CallerError, CompressorError, MultifdError, counted
 from multifd.flags import PACKET_SIZE
 from multifd.hookspecs import Facts
 from multifd.migrate import next_data, open_block
@@ -300,13 +300,16 @@ def bench(path: str | Path, *, cores: int = 2, on_setting: Callable[[str], None]
     """Measure every available compressor on an image or a snapshot, `cores` of each side at work.
 
     `on_setting` is told each setting before it is measured.  Raises CallerError for what is no
-    image or holds zero pages only, HostError where it cannot be read; a compressor that is not
+    image or holds zero pages only, or without none, HostError where it cannot be read; a compressor that is not
     available or fails is a row with its reason.
     """
     source = open_source(path)
     sample = take_sample(source)
+    states = plugins.rows()
+    if not any(state["name"] == "none" and state["available"] for state in states):
+        raise CallerError("all others are compared with none: leave it in (--disable, MULTIFD_DISABLE)")
     found: list[Row | _Measured] = []
-    for state in plugins.rows():
+    for state in states:
         reason = "; ".join(filter(None, (state["reason"], state["install"] if state["reason"] else "")))
         if state["available"]:
             found += _measure_all(state["name"], state["hardware"], reason, sample, source.page_size, on_setting)
@@ -441,7 +444,7 @@ def picture(bench: Bench, links: Sequence[float]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom + BOTTOM}" font-family="sans-serif">',
         '<rect width="100%" height="100%" fill="white"/>',
         _text(LEFT, 28, f"Migration time of {bench.path.name} over the link's bandwidth", size=18),
-        _text(LEFT, 48, f"{bench.cores} core{'s' * (bench.cores != 1)} on each side; {MODEL}", fill="#555"),
+        _text(LEFT, 48, f"{counted(bench.cores, 'core')} on each side; {MODEL}", fill="#555"),
         _text(LEFT - 8, TOP - 15, "best", anchor="end"),
     ]
     for value, name in _ticks(narrow, wide):

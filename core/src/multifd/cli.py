@@ -20,7 +20,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from multifd import __version__
-from multifd.errors import CallerError, HostError, MultifdError, UsageError
+from multifd.errors import CallerError, HostError, MultifdError, UsageError, counted
 
 if TYPE_CHECKING:
     from multifd.bench import Bench
@@ -475,7 +475,7 @@ def _relay(arguments: argparse.Namespace) -> int:
             print(
                 f"relayed {outcome.normal_pages + outcome.zero_pages} pages, {outcome.zero_pages} of them zero, in "
                 f"{outcome.seconds:.2f} s: {outcome.source} {_bytes(outcome.bytes_in)} in, {outcome.destination} "
-                f"{_bytes(outcome.bytes_out)} out, {outcome.channels} channel{'s' * (outcome.channels != 1)}"
+                f"{_bytes(outcome.bytes_out)} out, {counted(outcome.channels, 'channel')}"
                 f"{_ways(outcome.statistics)}",
                 flush=True,
             )
@@ -514,7 +514,7 @@ def _report(arguments: argparse.Namespace, verb: str, result: Result, more: dict
         return
     rate = result.memory_bytes / max(result.seconds, 1e-9)
     pages = result.normal_pages + result.zero_pages
-    channels = f"{result.channels} channel{'s' * (result.channels != 1)}"
+    channels = counted(result.channels, "channel")
     target = f" into {more['snapshot']}" if more else ""
     print(
         f"{verb} {_bytes(result.memory_bytes)} in {result.seconds:.2f} s ({_bytes(rate)}/s){target}: {pages} pages, "
@@ -600,7 +600,7 @@ def _print_bench(found: Bench, links: Sequence[float]) -> None:
 
     print(
         f"{found.path}: {_bytes(found.memory_bytes)}, {found.zero_bytes / found.looked_bytes:.0%} of it zero pages; "
-        f"measured on {_bytes(found.sampled_bytes)} of the others, in {_many(found.sampled_packets, 'packet')}"
+        f"measured on {_bytes(found.sampled_bytes)} of the others, in {counted(found.sampled_packets, 'packet')}"
     )
     table = [("SETTING", "ENCODE MB/s", "DECODE MB/s", "RATIO", "CPU s/GB", "PAYS BELOW", "MEASURED ON")]
     for row in found.measured:
@@ -626,17 +626,13 @@ def _print_bench(found: Bench, links: Sequence[float]) -> None:
     )
     for note in dict.fromkeys(notes):  # what holds for a compressor is said of each level
         print(note)
-    print(f"\nwith {_many(found.cores, 'core')} on each side, {MODEL}")
+    print(f"\nwith {counted(found.cores, 'core')} on each side, {MODEL}")
     expected = [("LINK", "BEST", "SECONDS", "WITH NONE")]
     for link in links:
         best = found.recommend(link)
         seconds, without = (found.seconds(row, link) for row in (best, found.none))
         expected.append((bandwidth(link), f"--compressor {best.text}", f"{seconds:.4g}", f"{without:.4g}"))
     _print_table(expected)
-
-
-def _many(count: int, what: str) -> str:
-    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def _print_table(table: Sequence[Sequence[str]], *, numbers: bool = False) -> None:

@@ -34,3 +34,8 @@ class CompressorError(MultifdError):
 
 class HostError(MultifdError):
     """The machine: a missing library, a full disk, a lost connection."""
+
+
+def counted(count: int, what: str) -> str:
+    """So many of something, in a message: `1 channel`, `2 channels`."""
+    return f"{count} {what}{'s' * (count != 1)}"

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from multifd import qmp as qmp_driver
 from multifd.effort import Choice
-from multifd.errors import CallerError, HostError, MultifdError, PeerError, UsageError
+from multifd.errors import CallerError, HostError, MultifdError, PeerError, UsageError, counted
 from multifd.flags import PACKET_SIZE, VM_FILE_MAGIC, Command
 from multifd.observers import BACK, IN, OUT, Observers, Watch
 from multifd.plugins import ADAPTIVE, Spec
@@ -103,10 +103,6 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def warn_exposed(connection: SocketConnection) -> None:
@@ -263,7 +259,7 @@ def send(
         except (Lost, Stalled, _Refused) as error:
             told: MultifdError = PeerError(
                 f"{error}: the destination's own message says why.  Here: compressor {choice.name}, "
-                f"{_counted(channels, 'channel')}, page size {source.page_size}; all three must fit over there"
+                f"{counted(channels, 'channel')}, page size {source.page_size}; all three must fit over there"
             )
             raise (driver.explain(told) if driver is not None else told) from error
         packets, normal, zero = engine.counts
@@ -468,6 +464,7 @@ def receive(
                 on_listening(str(listener.uri))
             arrivals.start()
             if driver is not None:
+                cleanup.push(driver.recover)  # while there is still somebody at its other end
                 driver.start(str(listener.uri))
         for connection in recorded:
             arrivals.take(connection)
@@ -481,9 +478,7 @@ def receive(
         except MultifdError as error:
             if driver is None:
                 raise
-            told = driver.explain(error)
-            driver.recover()
-            raise told from error
+            raise driver.explain(error) from error
     if digests and job.snapshot is not None:
         job.snapshot.add_digests()
     return result
@@ -531,7 +526,7 @@ class _Arrivals:
                         raise PeerError(f"nobody connected within {first_timeout:g} s (--timeout)")
                 elif not self._changed.wait_for(self._main_or_nobody, self.silence.timeout):
                     raise PeerError(
-                        f"{_counted(len(self._connections), 'connection')} came, none of them a main channel, within "
+                        f"{counted(len(self._connections), 'connection')} came, none of them a main channel, within "
                         f"{self.silence.timeout:g} s (--timeout)"
                     )
             main = self._main

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Self
 
 from multifd.errors import MultifdError, PeerError
-from multifd.transport import Silence, Uri, connect
+from multifd.transport import Ended, Lost, Silence, Uri, connect
 
 #: Seconds between two looks at a migration.
 POLL = 0.1
@@ -42,6 +43,7 @@ class Monitor:
         silence.awaited = True
         self._connection = connect(uri, silence, "QEMU's monitor")
         self._unread = b""
+        self._commands = 0
         try:
             greeting = self._read()
             if "QMP" not in greeting:
@@ -63,12 +65,15 @@ class Monitor:
 
     def command(self, name: str, /, **arguments: object) -> Any:
         """Run a command and return its answer.  Raises PeerError with QEMU's own words."""
-        message: dict[str, Any] = {"execute": name}
+        self._commands += 1
+        message: dict[str, Any] = {"execute": name, "id": self._commands}
         if arguments:
             message["arguments"] = {key.replace("_", "-"): value for key, value in arguments.items()}
         self._connection.write([json.dumps(message).encode() + b"\n"])
         while True:
             answer = self._read()
+            if answer.get("id") != self._commands:
+                continue  # an event, or the late answer to a command that timed out
             if "return" in answer:
                 return answer["return"]
             if "error" in answer:
@@ -78,9 +83,7 @@ class Monitor:
         while b"\n" not in self._unread:
             data = self._connection.read_some(65536, due=True)
             if not data:
-                raise PeerError(
-                    f"{self.name}: QEMU closed its monitor: is it still there, and does nobody else use it?"
-                )
+                raise Ended(f"{self.name}: QEMU closed its monitor: is it still there, and does nobody else use it?")
             self._unread += data
         line, _, self._unread = self._unread.partition(b"\n")
         try:
@@ -107,9 +110,8 @@ class Settings:
         }
         try:
             self._set(wanted, dict(parameters))
-        except MultifdError:
-            with suppress(MultifdError):
-                self.restore()
+        except BaseException:
+            self.restore()
             raise
 
     def _set(self, capabilities: dict[str, bool], parameters: dict[str, object]) -> None:
@@ -120,10 +122,16 @@ class Settings:
             self._monitor.command("migrate-set-parameters", **parameters)
 
     def restore(self) -> None:
-        """Put back what was changed.  Raises PeerError where QEMU is gone or refuses."""
-        self._set({}, self._parameters)  # in reverse: mapped-ram is not taken beside a compression
-        self._set(self._capabilities, {})
-        self._capabilities, self._parameters = {}, {}
+        """Put back what was changed.  Warns of what QEMU refuses; one that has gone needs nothing."""
+        # In reverse: mapped-ram is not taken beside a compression.
+        for capabilities, parameters in (({}, self._parameters), (self._capabilities, {})):
+            try:
+                self._set(capabilities, parameters)
+            except (Ended, Lost):
+                return
+            except MultifdError as error:
+                names = ", ".join([*capabilities, *parameters])
+                warnings.warn(f"not put back as it was: {names}: {error}", RuntimeWarning, stacklevel=2)
 
 
 class _Side:
@@ -135,6 +143,8 @@ class _Side:
         self.monitor = Monitor(where, timeout)
         self._timeout = timeout
         try:
+            # First: it may fail, and nothing is changed yet.
+            self._was_running: bool = self.monitor.command("query-status")["running"]
             self._settings = Settings(self.monitor, OFF | capabilities, parameters)
         except BaseException:
             self.monitor.close()
@@ -144,9 +154,10 @@ class _Side:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(MultifdError):  # QEMU may have gone, as it was told to
+        try:
             self._settings.restore()
-        self.monitor.close()
+        finally:
+            self.monitor.close()
 
     def status(self) -> dict[str, Any]:
         """`query-migrate`'s answer; `status` is `none` before there was one."""
@@ -187,14 +198,17 @@ class Source(_Side):
         if method is not None:
             parameters["multifd-compression"] = method
         super().__init__(where, {"multifd": True, "return-path": True}, parameters, timeout)
-        self._was_running: bool = self.monitor.command("query-status")["running"]
 
     def start(self, uri: str) -> None:
         """Begin to send to `uri`.  Raises PeerError."""
         self.monitor.command("migrate", uri=uri)
 
-    def recover(self) -> None:
-        """After a failure: give the migration up, and let a guest that ran go on."""
+    def recover(self, failure: type[BaseException] | None, *_: object) -> None:
+        """Like `__exit__`, for an ExitStack: after a failure, or Ctrl-C, give the migration up, and let a guest
+        that ran go on.  QEMU takes no settings back before.
+        """
+        if failure is None:
+            return
         with suppress(MultifdError):
             if self._ended(1)["status"] not in (*ENDED, "none"):
                 self.monitor.command("migrate_cancel")

@@ -152,7 +152,10 @@ class Decoder:
 
 @dataclass(slots=True)
 class _RecvChannel:
-    """Owned by its thread, but for `syncs`, `fresh_pages` and `ended`, which the lock guards."""
+    """Owned by its thread, but for `syncs` and `ended`, which the lock guards.
+
+    `finish` looks at `fresh_pages`, too: of a channel that has stopped they are what came after its last SYNC.
+    """
 
     id: int
     connection: Connection

@@ -25,11 +25,11 @@ from typing import NamedTuple, Self
 from uuid import UUID
 
 from multifd.effort import Choice, Effort
-from multifd.errors import HostError, MultifdError, PeerError, UsageError
+from multifd.errors import HostError, MultifdError, PeerError, UsageError, counted
 from multifd.flags import MAX_PAYLOAD, METHODS, VM_FILE_MAGIC, Command, method_name
 from multifd.migrate import DEFAULT_TIMEOUT, MAIN_READ, connecting_wrap, listening_wrap, warn_exposed
 from multifd.observers import BACK, IN, OUT, Observers, Watch
-from multifd.plugins import RESERVED, Spec
+from multifd.plugins import RESERVED, Spec, describe
 from multifd.ram import ZEROS, packet_buffer, part, zero_indexes
 from multifd.recv import Codecs, Decoder, identify, read_packet
 from multifd.send import Encoder
@@ -160,6 +160,8 @@ class _Leg:
 COMMAND_SIZE = 1 + COMMAND_HEAD.size
 #: Seconds that a multifd channel waits for its main channel, which QEMU connects first.
 MAIN_WAIT = 10.0
+#: What the machine may be short of (descriptors, memory, threads): it ends a migration, and the relay goes on.
+SHORTAGES = (OSError, MemoryError, RuntimeError)
 INCOMPLETE = "the source ended before its migration was complete: was it cancelled?"
 
 
@@ -243,10 +245,19 @@ class _Migration:
                 self._fail(error)
 
         thread = threading.Thread(target=run, name="multifd-relay", daemon=True)
-        self._threads.append(thread)
-        thread.start()
+        with self._changed:  # take() drops those that are not alive, join() waits for the others
+            try:
+                thread.start()
+            except RuntimeError as error:  # there may be no more threads
+                self._fail(error)
+            else:
+                self._threads.append(thread)
 
     def _fail(self, error: BaseException) -> None:
+        if isinstance(error, SHORTAGES):
+            short = HostError(describe(error))
+            short.__cause__ = error
+            error = short
         with self._changed:
             if not self._over and self.error is None:
                 self.error = error
@@ -460,7 +471,7 @@ class _Migration:
         if methods:
             shown.append(f"method {'+'.join(map(method_name, sorted(methods)))}")
         if channels:
-            shown.append(f"multifd with {channels} channel{'s' * (channels != 1)}")
+            shown.append(f"multifd with {counted(channels, 'channel')}")
         fit = f"; it has to have {', '.join(shown)} (multifd doctor compares)" if shown else ""
         return PeerError(f"{where}the destination closed the connection: its own message says why{fit}")
 
@@ -716,7 +727,7 @@ class Relay:
             self.stop()
             accepting.join()
             if self._current is not None:
-                with suppress(MultifdError):
+                with suppress(Exception):  # if it has any, it is on its way already
                     self._current.join()
 
     def _next(self) -> _Migration | None:
@@ -726,8 +737,9 @@ class Relay:
             return None if self._stopped else self._current
 
     def _accept(self) -> None:
+        # One for all migrations, as each is served alone: a channel may be quiet while others move.
+        silence = Silence(self._timeout)
         while True:
-            silence = Silence(self._timeout)
             connection = self._listener.accept(silence)
             if connection is None:
                 return

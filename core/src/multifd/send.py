@@ -169,12 +169,16 @@ class SendChannels:
         self._epoch = 0
         self._over = False
         self._failure: BaseException | None = None
-        self._threads = [
-            threading.Thread(target=self._run, args=(channel,), name=f"multifd-send-{channel.id}", daemon=True)
-            for channel in self._channels
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        try:
+            for channel in self._channels:
+                name = f"multifd-send-{channel.id}"
+                thread = threading.Thread(target=self._run, args=(channel,), name=name, daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        except BaseException:  # nobody else has those that were started
+            self.stop()
+            raise
 
     @property
     def counts(self) -> tuple[int, int, int]:

@@ -183,7 +183,11 @@ class SnapshotWriter:
         check_free(self.path)
         with _files_of(self.path.parent):
             self._draft = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", suffix=".partial", dir=self.path.parent))
-            self._device_state = open(self._draft / DEVICE_STATE, "w+b")  # noqa: SIM115 - closed by complete or discard
+            try:
+                self._device_state = open(self._draft / DEVICE_STATE, "w+b")  # noqa: SIM115 - closed by complete or discard
+            except BaseException:
+                shutil.rmtree(self._draft, ignore_errors=True)
+                raise
 
     def create_blocks(self, blocks: Sequence[Block]) -> None:
         """Make one sparse file per block."""

@@ -6,6 +6,7 @@ written by one thread at a time; `interrupt` may come from any thread.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import importlib
 import os
@@ -14,6 +15,7 @@ import socket
 import stat
 import struct
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,6 +30,8 @@ from multifd.wire import Buffer
 #: sendmsg takes at most this many buffers (Linux's UIO_MAXIOV).
 IOV_MAX = 1024
 MAIN_FILE = "main.bin"
+#: Seconds until a connection that could not be taken is tried again.
+ACCEPT_AGAIN = 0.1
 
 
 class Ended(PeerError):
@@ -383,6 +387,8 @@ class Listener:
     def __init__(self, uri: Uri, wrap: Wrap = SocketConnection) -> None:
         self._wrap = wrap
         self._path = ""
+        self._over = False
+        self._warned = False
         try:
             if uri.scheme == "unix":
                 _remove_dead_socket(uri.path)
@@ -401,27 +407,45 @@ class Listener:
             self._socket.listen(256)
         except OSError as error:
             self.close()
-            raise CallerError(f"cannot listen on {uri}: {error.strerror}") from error
+            raise CallerError(f"cannot listen on {uri}: {error.strerror or error}") from error
 
     def accept(self, silence: Silence) -> SocketConnection | None:
-        """The next connection; None once the listener is closed."""
+        """The next connection; None once the listener is interrupted or closed."""
         while True:
             try:
                 sock, address = self._socket.accept()
-            except ConnectionAbortedError:
+            except OSError as error:
+                # Not by errno: without a free descriptor the kernel says that first, and always.
+                if self._over:
+                    return None
+                self._wait_out(error)
                 continue
-            except OSError:
-                return None
             peer = f"the connection from {address[0]}:{address[1]}" if isinstance(address, tuple) else "a connection"
             return self._wrap(sock, peer, silence)
 
+    def _wait_out(self, error: OSError) -> None:
+        """A connection that went before it was taken, or something that this machine is short of for now."""
+        if isinstance(error, ConnectionAbortedError):
+            return
+        if not self._warned:
+            self._warned = True
+            hint = ": raise `ulimit -n` (systemd: LimitNOFILE)" if error.errno == errno.EMFILE else ""
+            warnings.warn(
+                f"{self.uri} cannot take a connection and goes on trying: {error.strerror}{hint}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        time.sleep(ACCEPT_AGAIN)
+
     def interrupt(self) -> None:
         """Wake a blocked `accept`, for good."""
+        self._over = True
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Safe to call twice; removes a Unix socket's file."""
+        self._over = True
         if hasattr(self, "_socket"):
             self._socket.close()
         if self._path:
@@ -477,7 +501,7 @@ def connect(
         raise HostError(f"{uri} does not answer within {silence.timeout:g} s (--timeout)") from error
     refused = isinstance(error, (ConnectionRefusedError, FileNotFoundError))
     hint = f": is {who} listening there?" if refused else ""
-    raise HostError(f"cannot connect to {uri}: {error.strerror if error else 'no address'}{hint}") from error
+    raise HostError(f"cannot connect to {uri}: {(error.strerror or error) if error else 'no address'}{hint}") from error
 
 
 class RecordedConnection:

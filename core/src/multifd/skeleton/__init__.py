@@ -10,7 +10,7 @@ from pathlib import Path
 
 from multifd.errors import CallerError, HostError, UsageError
 from multifd.flags import METHODS, THIRD_PARTY_FLAGS
-from multifd.plugins import RESERVED
+from multifd.plugins import OURS, RESERVED
 
 #: METHOD, or METHOD-suffix.
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
@@ -77,6 +77,10 @@ def _check(name: str) -> str:
         raise UsageError(
             f"{method} is a method of QEMU's, with a payload of its own: the skeleton's is another; choose another "
             "method's name"
+        )
+    if f"multifd-{name}" in OURS.values():
+        raise UsageError(
+            f"multifd-{name} is a distribution of multifd's own, which it would replace: choose another name"
         )
     return method
 
