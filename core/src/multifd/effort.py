@@ -112,7 +112,9 @@ class Choice:
         methods = accepted(spec)
         rows = probe_all(names_accepted(methods))
         found = [cls.of(*select(_adaptive(row), sending=True)) for row in _one_each(rows, methods)]
-        ways = sorted((way for choice in found for way in choice.ways), key=lambda way: way[0].facts.method != "none")
+        found.sort(key=lambda choice: choice.method != "none")
+        # One way to store is enough.
+        ways = [way for choice in found for way in choice.ways[choice is not found[0] and len(choice.ways) > 1 :]]
         if not ways:
             raise HostError(f"{ADAPTIVE}: no compressor that the peer accepts works here")
         return cls(ADAPTIVE, ways)
@@ -193,6 +195,7 @@ class Effort:
         self._interval = _Interval(math.inf)
         self._link = math.inf
         self._link_since = 0.0
+        self._wire = 0.0
         self._patience = PATIENCE
         self._slower = 1.0
         # Payload to what the sample promised: lately, and of each compressor as a rule, whose window may be longer
@@ -233,7 +236,8 @@ class Effort:
     ) -> None:
         """A packet is on its way: what made it, bytes of its pages and of its payload, seconds in the compressor.
 
-        `handle` are seconds of CPU time since the channel's last packet for everything else: reading, writing.
+        `handle` are the seconds since the channel's last packet for everything else: reading, writing.  Both are CPU
+        time of the channel's thread: how long a busy machine let it wait says nothing.
         """
         with self._lock:
             now = self._clock()
@@ -253,14 +257,14 @@ class Effort:
             enough = interval.packets >= self._channels or rung is self._store
             long = STORE_INTERVAL if rung is self._store else INTERVAL
             if now - interval.started >= long and enough and self._samples and not self._settled:
-                if self._skip:
-                    self._skip = False  # what was on its way when the rung changed
+                if self._skip:  # what was on its way when the rung changed
+                    self._skip, self._wire = False, interval.payload / (now - interval.started)
                 else:
                     self._decide(now, interval)
                 self._interval = _Interval(now)
 
     def _measure(self, data: memoryview, page_size: int) -> None:
-        found = [rung.compressor.measure(rung.settings, data, page_size) for rung in self.rungs]
+        found = [rung.compressor.measure(rung.settings, data, page_size, time.thread_time) for rung in self.rungs]
         with self._lock:
             if not self._samples:
                 self._interval = _Interval(math.inf)
@@ -277,7 +281,7 @@ class Effort:
         elapsed = now - interval.started
         rate = interval.pages / elapsed
         wire = interval.payload / elapsed
-        busy = (interval.encode + interval.handle) / (self._channels * elapsed)
+        busy = (interval.encode + interval.handle) / (self._workers * elapsed)
         self._handle = interval.handle / interval.pages
         # By how much this machine at work and this memory differ from the measurement; storing tells nothing.
         if current is not self._store and interval.own_pages:
@@ -286,19 +290,18 @@ class Effort:
             usual = self._usual.get(current.compressor, larger)
             self._usual[current.compressor] = usual = (3 * usual + larger) / 4
             self._larger, self._content = usual, larger / usual
-        if busy < BUSY:
-            before = self._link if busy >= IDLE and self._link != math.inf else 0.0
-            self._link, self._link_since = max(wire, before), now
+        if busy < IDLE or wire > self._link or (busy < BUSY and self._link == math.inf):
+            # Less than in the interval before may be a moment's.
+            self._link, self._link_since = max(wire, self._wire), now
         elif now - self._link_since > self._patience:
             self._link, self._link_since = math.inf, now
             self._patience = min(2 * self._patience, MOST_PATIENCE)
-        else:
-            self._link = max(self._link, wire)
-        known, share = self._seen.get(current), rate / self._promise(current, busy)
+        self._wire = wire
+        known, share = self._seen.get(current), rate / self._promise(current)
         if known is not None and not known.share / SHIFT < share < known.share * SHIFT:
             self._seen.clear()  # another link, or another destination
         self._seen[current] = _Seen(share, now + self._patience)
-        promises = {rung: self._promise(rung, busy) * self._kept(rung, now) for rung in self.rungs}
+        promises = {rung: self._promise(rung) * self._kept(rung, now) for rung in self.rungs}
         best = max(promises, key=lambda rung: promises[rung])
         if best is not current and promises[best] >= GAIN * rate:
             self._now = best
@@ -310,12 +313,13 @@ class Effort:
         seen = self._seen.get(rung)
         return seen.share if seen is not None and seen.until > now else 1.0
 
-    def _promise(self, rung: Rung, busy: float) -> float:
+    @property
+    def _workers(self) -> int:
+        return min(self._channels, self._cores)
+
+    def _promise(self, rung: Rung) -> float:
         """Bytes of pages per second, as it is to be expected."""
-        seconds = rung.seconds * self._slower
-        # Measured while so many threads were at it; more of them than there are cores take turns.
-        crowd = max(1.0, busy * self._channels / self._cores)
-        encoding = min(self._channels, self._cores) / (seconds / crowd + self._handle)
+        encoding = self._workers / (rung.seconds * self._slower + self._handle)
         larger = self._usual.get(rung.compressor, DOUBT * self._larger) * self._content
         ratio = rung.ratio if rung is self._store else rung.ratio * larger
         return min(encoding, self._link / ratio)

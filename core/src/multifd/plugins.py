@@ -286,7 +286,13 @@ class Compressor:
             raise CompressorError(f"{self}: multifd_probe returned {type(probe).__name__}, not Probe")
         return probe
 
-    def measure(self, settings: Settings, sample: memoryview, page_size: int) -> tuple[float, float]:
+    def measure(
+        self,
+        settings: Settings,
+        sample: memoryview,
+        page_size: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> tuple[float, float]:
         """Compress a sample of memory: seconds and payload bytes, each per byte of pages.  Raises CompressorError.
 
         The second half counts, where there are two: the first gets the library going.
@@ -295,11 +301,11 @@ class Compressor:
 
         def compress(pages: memoryview) -> tuple[float, float]:
             size = 0
-            started = time.perf_counter()
+            started = clock()
             for at in range(0, len(pages), PACKET_SIZE):
                 packet = [pages[at : at + PACKET_SIZE]]
                 size += sum(map(len, self._call("multifd_send_prepare", channel=channel, pages=packet)))
-            return (time.perf_counter() - started) / len(pages), size / len(pages)
+            return (clock() - started) / len(pages), size / len(pages)
 
         channel = self.channel(0, page_size, settings)
         try:

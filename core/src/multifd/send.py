@@ -57,14 +57,14 @@ class Encoder:
         self._page_size = page_size
         self._effort = effort
         self._views: dict[Compressor, Channel] = {}
-        self._used = 0.0
+        self._ended = 0.0
         #: The method's number of the last payload, or of the first.
         self.flag = effort.now.compressor.facts.flag
 
     def set_up(self) -> None:
         """In the thread that encodes.  Raises CompressorError."""
         self._view(self._effort.now)
-        self._used = time.thread_time()
+        self._ended = time.thread_time()
 
     def _view(self, rung: Rung) -> Channel:
         compressor = rung.compressor
@@ -85,12 +85,13 @@ class Encoder:
         rung = effort.choose(pages, self._page_size)
         view = self._view(rung)
         view.level = rung.settings.level
-        started, used = time.perf_counter(), time.thread_time()
+        started = time.thread_time()
         payload = self._encode(rung.compressor, view, pages)
-        seconds, handle = time.perf_counter() - started, used - self._used
+        ended = time.thread_time()
         self.flag = rung.compressor.facts.flag
-        effort.note(rung.compressor, view.level, sum(map(len, pages)), sum(map(len, payload)), seconds, handle)
-        self._used = time.thread_time()
+        sizes = sum(map(len, pages)), sum(map(len, payload))
+        effort.note(rung.compressor, view.level, *sizes, ended - started, started - self._ended)
+        self._ended = ended
         return payload
 
     def _encode(self, compressor: Compressor, view: Channel, pages: Sequence[memoryview]) -> Sequence[Buffer]:
