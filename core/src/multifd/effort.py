@@ -195,7 +195,9 @@ class Effort:
         self._interval = _Interval(math.inf)
         self._link = math.inf
         self._link_since = 0.0
+        # Of the interval before:
         self._wire = 0.0
+        self._share = 0.0
         self._patience = PATIENCE
         self._slower = 1.0
         # Payload to what the sample promised: lately, and of each compressor as a rule, whose window may be longer
@@ -291,21 +293,22 @@ class Effort:
             self._usual[current.compressor] = usual = (3 * usual + larger) / 4
             self._larger, self._content = usual, larger / usual
         if busy < IDLE or wire > self._link or (busy < BUSY and self._link == math.inf):
-            # Less than in the interval before may be a moment's.
+            # Less than in the interval before may be a moment's: it is not believed yet.
             self._link, self._link_since = max(wire, self._wire), now
         elif now - self._link_since > self._patience:
             self._link, self._link_since = math.inf, now
             self._patience = min(2 * self._patience, MOST_PATIENCE)
         self._wire = wire
-        known, share = self._seen.get(current), rate / self._promise(current)
+        known, latest = self._seen.get(current), rate / self._promise(current)
+        share, self._share = max(latest, self._share), latest  # nor is this
         if known is not None and not known.share / SHIFT < share < known.share * SHIFT:
             self._seen.clear()  # another link, or another destination
         self._seen[current] = _Seen(share, now + self._patience)
         promises = {rung: self._promise(rung) * self._kept(rung, now) for rung in self.rungs}
         best = max(promises, key=lambda rung: promises[rung])
-        if best is not current and promises[best] >= GAIN * rate:
+        if best is not current and promises[best] >= GAIN * promises[current]:
             self._now = best
-            self._skip = True
+            self._skip, self._share = True, 0.0
         # Before that, the lightest was tried: nobody had used the link up.
         self._settled = self._once and self._link != math.inf
 
