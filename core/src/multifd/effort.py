@@ -52,8 +52,10 @@ SAMPLES = 6
 #: Seconds after which a link that was not used up may carry more than it did, doubled each time up to the other.
 PATIENCE = 10.0
 MOST_PATIENCE = 60.0
-#: What another rung has to promise, and by how much a rung's own rate changes where everything did.
+#: What another rung has to promise, and what any has to where nothing is compressed, which costs the other side time
+#: too; by how much a rung's own rate changes where everything did.
 GAIN = 1.1
+STORE_GAIN = 1.25
 SHIFT = 1.6
 #: A compressor that was not tried yet may make so much less of the memory: zstd's window is longer than a sample.
 DOUBT = 0.85
@@ -306,7 +308,8 @@ class Effort:
         self._seen[current] = _Seen(share, now + self._patience)
         promises = {rung: self._promise(rung) * self._kept(rung, now) for rung in self.rungs}
         best = max(promises, key=lambda rung: promises[rung])
-        if best is not current and promises[best] >= GAIN * promises[current]:
+        gain = STORE_GAIN if current is self._store else GAIN
+        if best is not current and promises[best] >= gain * promises[current]:
             self._now = best
             self._skip, self._share = True, 0.0
         # Before that, the lightest was tried: nobody had used the link up.
