@@ -55,7 +55,7 @@ MOST_PATIENCE = 60.0
 #: What another rung has to promise, and what any has to where nothing is compressed, which costs the other side time
 #: too; by how much a rung's own rate changes where everything did.
 GAIN = 1.1
-STORE_GAIN = 1.25
+STORE_GAIN = 1.15
 SHIFT = 1.6
 #: A compressor that was not tried yet may make so much less of the memory: zstd's window is longer than a sample.
 DOUBT = 0.85
