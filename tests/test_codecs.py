@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import streams
+from multifd.errors import CompressorError
 from pairs import PAGE, Pair
 
 NAMES = ["none", "zlib", "zstd", "qatzip-sw", "qpl-sw", "uadk-sw"]
@@ -125,3 +126,16 @@ def test_a_bomb_costs_less_than_8_mib(name: str) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) < 8
+
+
+def test_a_stream_of_zlib_needs_its_header() -> None:
+    """A payload of stored blocks needs no zlib to be read; QEMU refuses one that begins a stream without a header."""
+    sender, receiver = Pair("zlib", {"level": "0"}), Pair("zlib")
+    pages = random.Random(7).randbytes(32 * PAGE)
+    payloads = [sender.encode([pages]) for _ in range(3)]
+    with pytest.raises(CompressorError, match="not zlib's"):
+        receiver.decode(payloads[1], len(pages))
+    for payload in payloads:
+        assert sender.decode(payload, len(pages)) == pages
+    sender.close()
+    receiver.close()

@@ -197,17 +197,18 @@ class Effort:
         self._interval = _Interval(math.inf)
         self._link = math.inf
         self._link_since = 0.0
+        self._patience = PATIENCE
         # Of the interval before:
         self._wire = 0.0
         self._share = 0.0
-        self._patience = PATIENCE
+        # Seconds to what the sample promised, and of all else that a byte of pages takes.
         self._slower = 1.0
+        self._handle = 0.0
         # Payload to what the sample promised: lately, and of each compressor as a rule, whose window may be longer
         # than a sample.
         self._larger = 1.0
         self._usual: dict[Compressor, float] = {}
         self._content = 1.0
-        self._handle = 0.0
         self._seen: dict[Rung, _Seen] = {}
 
     def join(self) -> None:

@@ -295,7 +295,8 @@ class Compressor:
     ) -> tuple[float, float]:
         """Compress a sample of memory: seconds and payload bytes, each per byte of pages.  Raises CompressorError.
 
-        The second half counts, where there are two: the first gets the library going.
+        The second half counts, where there are two: the first gets the library going.  `clock` says which seconds: by
+        default those that pass, which a device's are too.
         """
         half = len(sample) // 2 // page_size * page_size
 

@@ -67,6 +67,8 @@ class _Inflate(Protocol):
 @dataclass(slots=True)
 class _Decoder:
     stream: _Inflate
+    #: Whether the stream's header was read.
+    begun: bool = False
     #: The last pages, where the stream has not seen them.
     unseen: bytes = b""
     payload: memoryview = field(default_factory=lambda: memoryview(bytearray(MAX_PAYLOAD)))
@@ -139,7 +141,7 @@ def multifd_recv(channel: Channel, pages: memoryview) -> None:
     size = channel.next_packet_size
     payload = decoder.payload[:size]
     channel.read_into(payload)
-    if (decoder.unseen or len(pages) >= WINDOW) and _copy_stored(payload, pages):
+    if decoder.begun and (decoder.unseen or len(pages) >= WINDOW) and _copy_stored(payload, pages):
         decoder.unseen = (decoder.unseen + bytes(pages[-WINDOW:]))[-WINDOW:]
         return
     if decoder.unseen:
@@ -163,6 +165,7 @@ def multifd_recv(channel: Channel, pages: memoryview) -> None:
     marker = end.rfind(FLUSH_MARKER)
     if stream.eof or 0 <= marker != len(end) - len(FLUSH_MARKER):
         raise CompressorError(f"the payload of {size} bytes does not end with its flush: bytes are left over")
+    decoder.begun = True
 
 
 def _copy_stored(payload: memoryview, pages: memoryview) -> bool:
