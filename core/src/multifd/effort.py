@@ -20,7 +20,7 @@ import math
 import os
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,6 +46,10 @@ from multifd.plugins import (
 #: time as it is long.
 INTERVAL = 0.2
 STORE_INTERVAL = 0.05
+#: A link is as slow as the fastest of so many intervals was, at most: the others may have been a moment's, where the
+#: destination waited for its disk or its memory.
+LATELY = 2
+STORE_LATELY = 4
 REFRESH = 2.0
 #: A sample is not all of the memory: so many count alike, then each new one for its part of them.
 SAMPLES = 6
@@ -161,6 +165,7 @@ class _Interval:
     payload: int = 0
     encode: float = 0.0
     handle: float = 0.0
+    idle: float = 0.0
     own_pages: int = 0
     own_payload: int = 0
     own_encode: float = 0.0
@@ -198,9 +203,8 @@ class Effort:
         self._link = math.inf
         self._link_since = 0.0
         self._patience = PATIENCE
-        # Of the interval before:
-        self._wire = 0.0
-        self._share = 0.0
+        # Of the last intervals, the wire's bytes per second and the share of its promise that the rung kept:
+        self._lately: deque[tuple[float, float]] = deque(maxlen=STORE_LATELY)
         # Seconds to what the sample promised, and of all else that a byte of pages takes.
         self._slower = 1.0
         self._handle = 0.0
@@ -261,12 +265,20 @@ class Effort:
                 interval.own_encode += encode
             enough = interval.packets >= self._channels or rung is self._store
             long = STORE_INTERVAL if rung is self._store else INTERVAL
-            if now - interval.started >= long and enough and self._samples and not self._settled:
+            elapsed = now - interval.started - interval.idle / self._channels
+            if elapsed >= long and enough and self._samples and not self._settled:
                 if self._skip:  # what was on its way when the rung changed
-                    self._skip, self._wire = False, interval.payload / (now - interval.started)
+                    self._skip = False
+                    self._lately.append((interval.payload / elapsed, 0.0))
                 else:
-                    self._decide(now, interval)
+                    self._decide(now, elapsed, interval)
                 self._interval = _Interval(now)
+
+    def idle(self, seconds: float) -> None:
+        """A channel had packets without payload for so long, which are the same to every compressor."""
+        with self._lock:
+            if self._interval.started != math.inf:
+                self._interval.idle += seconds
 
     def _measure(self, data: memoryview, page_size: int) -> None:
         found = [rung.compressor.measure(rung.settings, data, page_size, time.thread_time) for rung in self.rungs]
@@ -281,9 +293,8 @@ class Effort:
 
     # --- locked ---
 
-    def _decide(self, now: float, interval: _Interval) -> None:
+    def _decide(self, now: float, elapsed: float, interval: _Interval) -> None:
         current = self._now
-        elapsed = now - interval.started
         rate = interval.pages / elapsed
         wire = interval.payload / elapsed
         busy = (interval.encode + interval.handle) / (self._workers * elapsed)
@@ -295,15 +306,15 @@ class Effort:
             usual = self._usual.get(current.compressor, larger)
             self._usual[current.compressor] = usual = (3 * usual + larger) / 4
             self._larger, self._content = usual, larger / usual
+        lately = list(self._lately)[1 - (STORE_LATELY if current is self._store else LATELY) :]
         if busy < IDLE or wire > self._link or (busy < BUSY and self._link == math.inf):
-            # Less than in the interval before may be a moment's: it is not believed yet.
-            self._link, self._link_since = max(wire, self._wire), now
+            self._link, self._link_since = max([wire, *(before for before, _ in lately)]), now
         elif now - self._link_since > self._patience:
             self._link, self._link_since = math.inf, now
             self._patience = min(2 * self._patience, MOST_PATIENCE)
-        self._wire = wire
         known, latest = self._seen.get(current), rate / self._promise(current)
-        share, self._share = max(latest, self._share), latest  # nor is this
+        share = max([latest, *(before for _, before in lately)])
+        self._lately.append((wire, latest))
         if known is not None and not known.share / SHIFT < share < known.share * SHIFT:
             self._seen.clear()  # another link, or another destination
         self._seen[current] = _Seen(share, now + self._patience)
@@ -312,7 +323,8 @@ class Effort:
         gain = STORE_GAIN if current is self._store else GAIN
         if best is not current and promises[best] >= gain * promises[current]:
             self._now = best
-            self._skip, self._share = True, 0.0
+            self._skip = True
+            self._lately = deque(((wire, 0.0) for wire, _ in self._lately), STORE_LATELY)
         # Before that, the lightest was tried: nobody had used the link up.
         self._settled = self._once and self._link != math.inf
 

@@ -497,7 +497,7 @@ class _Migration:
                     leg.ended = True
                     self._check_syncs()
                 return
-            since = leg.lap("wait", since)
+            began, since = since, leg.lap("wait", since)
             leg.packets += 1
             leg.normal_pages += len(packet.normal)
             leg.zero_pages += len(packet.zero)
@@ -507,6 +507,8 @@ class _Migration:
             leg.syncs += packet.sync
             if isinstance(leg.out, Encoder):
                 since = self._recode(leg, leg.out, packet, head, room, since)
+                if not packet.normal:
+                    leg.out.idle(since - began)
                 continue
             if packet.next_packet_size > MAX_PAYLOAD:
                 raise PeerError(f"packet {packet.packet_num}: a payload of {packet.next_packet_size} bytes is too long")

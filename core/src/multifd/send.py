@@ -94,6 +94,12 @@ class Encoder:
         self._ended = ended
         return payload
 
+    def idle(self, seconds: float) -> None:
+        """A packet without payload took so long."""
+        if self._effort.ladder:
+            self._effort.idle(seconds)
+            self._ended = time.thread_time()
+
     def _encode(self, compressor: Compressor, view: Channel, pages: Sequence[memoryview]) -> Sequence[Buffer]:
         try:
             payload: Sequence[Buffer] = compressor.hook.multifd_send_prepare(channel=view, pages=pages)
@@ -250,7 +256,9 @@ class SendChannels:
             channel.watch.begin(self._page_size)
             while self._wait_for_epoch(channel):
                 while (batch := self._take()) is not None:
-                    self._send(channel, batch)
+                    started = time.perf_counter()
+                    if not self._send(channel, batch):
+                        channel.encoder.idle(time.perf_counter() - started)
                 self._send_sync(channel)
         except MultifdError as error:
             self._fail(error.at(f"channel {channel.id}"))
@@ -281,7 +289,8 @@ class SendChannels:
             channel.synced += 1
             self._changed.notify_all()
 
-    def _send(self, channel: _SendChannel, batch: Batch) -> None:
+    def _send(self, channel: _SendChannel, batch: Batch) -> bool:
+        """Send what is to be sent of a batch; says whether there was a payload."""
         size = self._page_size
         offsets = range(batch.offset, batch.offset + batch.length, size)
         count = len(offsets)
@@ -301,7 +310,7 @@ class SendChannels:
                 self._changed.notify_all()
             zero = ()
         if not runs and not zero:
-            return
+            return False
         channel.watch.lap("wait")
         payload = channel.encoder.encode([channel.pages[a * size : b * size] for a, b in runs]) if runs else ()
         channel.watch.lap("encode")
@@ -318,6 +327,7 @@ class SendChannels:
         channel.watch.lap("write")
         channel.watch.packet(packet, header, payload)
         channel.packets += 1
+        return bool(runs)
 
 
 def read_batch(batch: Batch, buffer: memoryview) -> None:
