@@ -46,6 +46,8 @@ from multifd.plugins import (
 #: time as it is long.
 INTERVAL = 0.2
 STORE_INTERVAL = 0.05
+#: Bytes of one channel that may be in both sides' sockets: they were made by the rung before.
+UNDERWAY = 8 << 20
 #: A link is as slow as the fastest of so many intervals was, at most: the others may have been a moment's, where the
 #: destination waited for its disk or its memory.
 LATELY = 2
@@ -196,7 +198,7 @@ class Effort:
         # Guarded by the lock:
         self._channels = 0
         self._settled = False
-        self._skip = False
+        self._skip = 0.0
         self._samples = 0
         self._measured = -math.inf
         self._interval = _Interval(math.inf)
@@ -264,11 +266,11 @@ class Effort:
                 interval.own_payload += payload
                 interval.own_encode += encode
             enough = interval.packets >= self._channels or rung is self._store
-            long = STORE_INTERVAL if rung is self._store else INTERVAL
+            long = self._skip or (STORE_INTERVAL if rung is self._store else INTERVAL)
             elapsed = now - interval.started - interval.idle / self._channels
             if elapsed >= long and enough and self._samples and not self._settled:
                 if self._skip:  # what was on its way when the rung changed
-                    self._skip = False
+                    self._skip = 0.0
                     self._lately.append((interval.payload / elapsed, 0.0))
                 else:
                     self._decide(now, elapsed, interval)
@@ -323,7 +325,7 @@ class Effort:
         gain = STORE_GAIN if current is self._store else GAIN
         if best is not current and promises[best] >= gain * promises[current]:
             self._now = best
-            self._skip = True
+            self._skip = max(STORE_INTERVAL, min(INTERVAL, self._channels * UNDERWAY / self._link))
             self._lately = deque(((wire, 0.0) for wire, _ in self._lately), STORE_LATELY)
         # Before that, the lightest was tried: nobody had used the link up.
         self._settled = self._once and self._link != math.inf

@@ -6,7 +6,6 @@ All integers are big-endian.  Checked against QEMU 7.2.22 and 10.0.13.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -58,23 +57,6 @@ def _check_prefix(magic: int, version: int) -> None:
         raise PeerError(f"magic {magic:#010x} instead of {MULTIFD_MAGIC:#010x}: not a multifd packet")
     if version != MULTIFD_VERSION:
         raise PeerError(f"multifd version {version}, this side knows {MULTIFD_VERSION}")
-
-
-def cut(buffers: Iterable[memoryview], most: int) -> Iterator[list[memoryview]]:
-    """The same bytes, not copied, in blocks of `most` bytes, the last one shorter."""
-    block: list[memoryview] = []
-    room = most
-    for buffer in buffers:
-        start = 0
-        while start < len(buffer):
-            block.append(buffer[start : start + room])
-            start += len(block[-1])
-            room -= len(block[-1])
-            if not room:
-                yield block
-                block, room = [], most
-    if block:
-        yield block
 
 
 @dataclass(frozen=True, slots=True)

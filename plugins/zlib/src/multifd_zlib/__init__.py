@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Protocol
 
 from multifd.deflate import ERRORS, PROVIDER, STEP, VERSION, decompressobj, isal_zlib
 from multifd.errors import CompressorError
 from multifd.flags import MAX_PAYLOAD, METHODS
 from multifd.hookspecs import Channel, Facts, Probe, hookimpl
-from multifd.wire import Buffer, cut
+from multifd.stored import read_stored, stored
+from multifd.wire import Buffer
 
 __version__ = "0.1.0"
 
@@ -111,18 +113,18 @@ def multifd_send_prepare(channel: Channel, pages: Sequence[memoryview]) -> Seque
     # After a flush a stream may go on with what another deflater makes, without a header and a look back.
     encoder.window = -zlib.MAX_WBITS
     if stream is None:
-        return [*([HEADER] if first else []), *_stored(pages), bytes(1), FLUSH_MARKER]
+        payload = stored(pages, MOST_STORED, _stored_headers(sum(map(len, pages))))
+        return [HEADER, *payload] if first else payload
     # One call per packet: each gives up the interpreter and has to win it back.
     data = pages[0] if len(pages) == 1 else b"".join(pages)
     return [stream.compress(data), stream.flush(zlib.Z_SYNC_FLUSH)]
 
 
-def _stored(pages: Sequence[memoryview]) -> Iterator[Buffer]:
-    """Stored blocks of all the pages, which are not copied."""
-    for block in cut(pages, MOST_STORED):
-        size = sum(map(len, block))
-        yield STORED.pack(0, size, size ^ 0xFFFF)
-        yield from block
+@lru_cache
+def _stored_headers(size: int) -> Sequence[bytes]:
+    """What is before each stored block, and the empty one after the last, which is what a flush makes."""
+    sizes = [min(MOST_STORED, size - start) for start in range(0, size, MOST_STORED)]
+    return tuple(STORED.pack(0, one, one ^ 0xFFFF) for one in (*sizes, 0))
 
 
 @hookimpl
@@ -140,8 +142,9 @@ def multifd_recv(channel: Channel, pages: memoryview) -> None:
     decoder: _Decoder = channel.compress_data
     size = channel.next_packet_size
     payload = decoder.payload[:size]
-    channel.read_into(payload)
-    if decoder.begun and (decoder.unseen or len(pages) >= WINDOW) and _copy_stored(payload, pages):
+    if not (decoder.begun and (decoder.unseen or len(pages) >= WINDOW)):
+        channel.read_into(payload)
+    elif read_stored(channel, payload, pages, MOST_STORED, _stored_headers(len(pages))):
         decoder.unseen = (decoder.unseen + bytes(pages[-WINDOW:]))[-WINDOW:]
         return
     if decoder.unseen:
@@ -166,21 +169,6 @@ def multifd_recv(channel: Channel, pages: memoryview) -> None:
     if stream.eof or 0 <= marker != len(end) - len(FLUSH_MARKER):
         raise CompressorError(f"the payload of {size} bytes does not end with its flush: bytes are left over")
     decoder.begun = True
-
-
-def _copy_stored(payload: memoryview, pages: memoryview) -> bool:
-    """Fill the pages from a payload of stored blocks only, at a fifth of the stream's cost; False for any other."""
-    position = done = 0
-    while position + STORED.size <= len(payload):
-        head, size, inverse = STORED.unpack_from(payload, position)
-        position += STORED.size
-        if head or size ^ inverse != 0xFFFF or size > min(len(payload) - position, len(pages) - done):
-            return False
-        if not size:
-            return position == len(payload) and done == len(pages)
-        pages[done : done + size] = payload[position : position + size]
-        position, done = position + size, done + size
-    return False
 
 
 def _inflate(stream: _Inflate, data: Buffer, pages: memoryview) -> int:

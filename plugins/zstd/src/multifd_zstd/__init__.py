@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import struct
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from multifd.errors import CompressorError
 from multifd.flags import MAX_PAYLOAD, METHODS, PACKET_SIZE
 from multifd.hookspecs import Channel, Facts, Probe, hookimpl
-from multifd.wire import Buffer, cut
+from multifd.stored import read_stored, stored
+from multifd.wire import Buffer
 
 zstandard: Any
 try:
@@ -74,7 +76,7 @@ class _Encoder:
     def compress(self, pages: Sequence[memoryview], level: int) -> list[Buffer]:
         if self.frame is None and self.live and level == LADDER[0]:
             self.level = level
-            return [RAW_FRAME, *_raw(pages)]
+            return stored(pages, MOST_RAW, _raw_headers(sum(map(len, pages))))
         # One call per packet: each gives up the interpreter and has to win it back.
         data = pages[0] if len(pages) == 1 else b"".join(pages)
         if self.frame is None:
@@ -122,14 +124,12 @@ def multifd_send_prepare(channel: Channel, pages: Sequence[memoryview]) -> Seque
     return payload
 
 
-def _raw(pages: Sequence[memoryview]) -> Iterator[Buffer]:
-    """Raw blocks of all the pages, which are not copied, the last one marked so."""
-    left = sum(map(len, pages))
-    for block in cut(pages, MOST_RAW):
-        size = sum(map(len, block))
-        left -= size
-        yield (size << 3 | (not left)).to_bytes(3, "little")
-        yield from block
+@lru_cache
+def _raw_headers(size: int) -> Sequence[bytes]:
+    """What is before each block of a frame of raw blocks, the last of which is marked so, and after it."""
+    sizes = [min(MOST_RAW, size - start) for start in range(0, size, MOST_RAW)]
+    first, *others = ((one << 3 | (end == len(sizes))).to_bytes(3, "little") for end, one in enumerate(sizes, 1))
+    return (RAW_FRAME + first, *others, b"")
 
 
 @hookimpl
@@ -217,8 +217,9 @@ def multifd_recv_setup(channel: Channel) -> None:
 def multifd_recv(channel: Channel, pages: memoryview) -> None:
     decoder: _Decoder = channel.compress_data
     payload = decoder.payload[: channel.next_packet_size]
-    channel.read_into(payload)
-    if not decoder.blocks.in_frame and _copy_raw(payload, pages):
+    if decoder.blocks.in_frame:
+        channel.read_into(payload)
+    elif read_stored(channel, payload, pages, MOST_RAW, _raw_headers(len(pages))):
         return
     decoder.blocks.walk(payload)
     # The library gives out what it holds back only when it gets more input.
@@ -241,23 +242,6 @@ def multifd_recv(channel: Channel, pages: memoryview) -> None:
         f"the payload of {len(payload)} bytes holds more than its {len(pages)} bytes of pages"
         + ("" if more else ": the stream ended")
     )
-
-
-def _copy_raw(payload: memoryview, pages: memoryview) -> bool:
-    """Fill the pages from a frame of raw blocks only, as this sender stores them; False for any other payload."""
-    position, done = len(RAW_FRAME), 0
-    if payload[:position] != RAW_FRAME:
-        return False
-    while position < len(payload):
-        header = int.from_bytes(payload[position : position + 3], "little")
-        position, size = position + 3, header >> 3
-        if header & 6 or size > min(MOST_RAW, len(payload) - position, len(pages) - done):
-            return False
-        pages[done : done + size] = payload[position : position + size]
-        position, done = position + size, done + size
-        if header & 1:
-            return position == len(payload) and done == len(pages)
-    return False
 
 
 @hookimpl
