@@ -4,7 +4,7 @@
     sudo .venv/bin/python tools/bench_link.py GUEST.raw GUEST.raw...      real guests' memory, one after the other
 
 As root: each link is a pair of network namespaces, held to its rate by the kernel (tc, tbf).  Both ends run on
-the same two cores.  Medians of three alternating runs.
+the same two cores.  Medians of three alternating runs, of nine for random memory.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,10 @@ RATES = {"100 Mbit/s": "100mbit", "1 Gbit/s": "1gbit", "10 Gbit/s": "10gbit", "u
 FIXED = ("none", "zlib", "zstd", "zlib,level=6", "zstd,level=3", "zstd,level=6", "zstd,level=9")
 KNOWN = FIXED[:3]
 ADAPTIVE = ("adaptive", "zstd,level=adaptive", "zlib,level=adaptive")
+#: Seconds before each transfer.  A virtual machine may give freed memory back to its host, and needs up to three times
+#: as long to fill it again: that is over by then, and what the last snapshot had is still at hand.
+SETTLE = 4.5
+NOISE_MIB = 900
 HOSTS = ("multifd-source", "multifd-target")
 ADDRESSES = ("192.0.2.1", "192.0.2.2")
 
@@ -61,9 +66,10 @@ def medians(image: Path, runs: int, link: Link, settings: tuple[str, ...]) -> di
     """The median of each setting's seconds, its transfers run in turn."""
     found: dict[str, list[float]] = {setting: [] for setting in settings}
     snapshot = image.with_name("snapshot")
-    transfer(image, snapshot, "none")  # a virtual machine may have to get memory from its host first
+    transfer(image, snapshot, "none")
     for _ in range(runs):
         for setting, times in found.items():
+            time.sleep(SETTLE)
             source, _ = transfer(image, snapshot, setting, link=link)
             times.append(source.result["seconds"])
     check_arrived(image, snapshot)
@@ -109,8 +115,8 @@ def main() -> None:
             make_image(image, 2048)
         measure(report, image, arguments.runs, arguments.rate or list(RATES))
         with open(image, "wb") as noise:
-            noise.writelines(os.urandom(1 << 20) for _ in range(1024))
-        measure_noise(report, image, arguments.runs)
+            noise.writelines(os.urandom(1 << 20) for _ in range(NOISE_MIB))
+        measure_noise(report, image, 3 * arguments.runs)
 
 
 if __name__ == "__main__":

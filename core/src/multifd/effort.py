@@ -269,11 +269,13 @@ class Effort:
             long = self._skip or (STORE_INTERVAL if rung is self._store else INTERVAL)
             elapsed = now - interval.started - interval.idle / self._channels
             if elapsed >= long and enough and self._samples and not self._settled:
-                if self._skip:  # what was on its way when the rung changed
+                self._learn(interval)
+                if self._skip:  # on the wire was what was under way when the rung changed
                     self._skip = 0.0
                     self._lately.append((interval.payload / elapsed, 0.0))
                 else:
-                    self._decide(now, elapsed, interval)
+                    self._look(now, elapsed, interval)
+                self._decide(now)
                 self._interval = _Interval(now)
 
     def idle(self, seconds: float) -> None:
@@ -295,19 +297,23 @@ class Effort:
 
     # --- locked ---
 
-    def _decide(self, now: float, elapsed: float, interval: _Interval) -> None:
+    def _learn(self, interval: _Interval) -> None:
+        """By how much this machine at work and this memory differ from the measurement."""
         current = self._now
-        rate = interval.pages / elapsed
-        wire = interval.payload / elapsed
-        busy = (interval.encode + interval.handle) / (self._workers * elapsed)
         self._handle = interval.handle / interval.pages
-        # By how much this machine at work and this memory differ from the measurement; storing tells nothing.
-        if current is not self._store and interval.own_pages:
+        if current is not self._store and interval.own_pages:  # storing tells nothing
             self._slower = interval.own_encode / interval.own_pages / current.seconds
             larger = interval.own_payload / interval.own_pages / current.ratio
             usual = self._usual.get(current.compressor, larger)
             self._usual[current.compressor] = usual = (3 * usual + larger) / 4
             self._larger, self._content = usual, larger / usual
+
+    def _look(self, now: float, elapsed: float, interval: _Interval) -> None:
+        """What the link carries, and how much of its promise the rung kept."""
+        current = self._now
+        rate = interval.pages / elapsed
+        wire = interval.payload / elapsed
+        busy = (interval.encode + interval.handle) / (self._workers * elapsed)
         lately = list(self._lately)[1 - (STORE_LATELY if current is self._store else LATELY) :]
         if busy < IDLE or wire > self._link or (busy < BUSY and self._link == math.inf):
             self._link, self._link_since = max([wire, *(before for before, _ in lately)]), now
@@ -320,6 +326,9 @@ class Effort:
         if known is not None and not known.share / SHIFT < share < known.share * SHIFT:
             self._seen.clear()  # another link, or another destination
         self._seen[current] = _Seen(share, now + self._patience)
+
+    def _decide(self, now: float) -> None:
+        current = self._now
         promises = {rung: self._promise(rung) * self._kept(rung, now) for rung in self.rungs}
         best = max(promises, key=lambda rung: promises[rung])
         gain = STORE_GAIN if current is self._store else GAIN
