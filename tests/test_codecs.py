@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -137,5 +138,29 @@ def test_a_stream_of_zlib_needs_its_header() -> None:
         receiver.decode(payloads[1], len(pages))
     for payload in payloads:
         assert sender.decode(payload, len(pages)) == pages
+    sender.close()
+    receiver.close()
+
+
+@pytest.mark.parametrize("name", ["zlib", "zstd"])
+def test_stored_blocks_of_other_sizes(name: str) -> None:
+    """As long as what this sender stores, but cut elsewhere."""
+    pages = random.Random(8).randbytes(40 * PAGE)
+    sender, receiver = Pair(name, {"level": "0" if name == "zlib" else "-131072"}), Pair(name)
+    if name == "zlib":
+        assert receiver.decode(sender.encode([pages]), len(pages)) == pages
+        sizes, head, end = [50000, 60000, 53840], b"", struct.pack("<BHH", 0, 0, 0xFFFF)
+        headers = [struct.pack("<BHH", 0, size, size ^ 0xFFFF) for size in sizes]
+    else:
+        sizes, head, end = [100000, 63840], bytes.fromhex("28b52ffd0038"), b""
+        headers = [(size << 3 | (size == sizes[-1])).to_bytes(3, "little") for size in sizes]
+    payload, start = head, 0
+    for size, header in zip(sizes, headers, strict=True):
+        payload += header + pages[start : start + size]
+        start += size
+    payload += end
+    assert start == len(pages)
+    assert receiver.decode(payload, len(pages)) == pages
+    assert receiver.decode(sender.encode([pages]), len(pages)) == pages, "the stream goes on"
     sender.close()
     receiver.close()

@@ -111,6 +111,33 @@ def test_it_follows_a_link_that_changes() -> None:
     assert min(world.levels(23)) >= 3
 
 
+def test_a_stretch_of_zero_pages_is_no_slow_link() -> None:
+    """Next to nothing is on the wire then, and the memory behind it is stored as before."""
+    world = World(1e9)
+    world.run(2)
+    assert world.levels(1) == {0}
+    for _ in range(5):
+        end = world.now + 0.3
+        while world.now < end:
+            world.now += 0.002
+            world.effort.idle(0.002 * world.channels)
+        world._due = [(world.now, channel) for channel in range(world.channels)]
+        world.run(world.now + 0.02)
+    world.run(world.now + 1)
+    assert world.levels(2) == {0}
+
+
+def test_a_destination_that_stands_still_for_a_moment_is_no_slow_link() -> None:
+    world = World(1e9)
+    world.run(2)
+    for _ in range(5):
+        world.peer = 200e6
+        world.run(world.now + 0.1)
+        world.peer = 1e12
+        world.run(world.now + 1)
+    assert world.levels(1) == {0}
+
+
 def test_memory_that_begins_with_noise() -> None:
     """It says nothing about the rest."""
     world = World(12.5e6)
