@@ -17,7 +17,7 @@ LAYERS = [
     {"wire"},
     {"ram", "transport", "deflate"},
     {"hookspecs", "stream", "snapshot", "tls"},
-    {"nocomp", "plugins", "pagelist"},
+    {"nocomp", "plugins", "pagelist", "stored"},
     {"pagedevice"},
     {"observers", "effort"},
     {"stats", "trace", "record"},
