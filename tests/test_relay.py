@@ -172,17 +172,17 @@ def test_a_channel_may_be_quiet_while_another_moves(moving: bool) -> None:
     stream = streams.small("zlib", return_path=True, channels=2)
     quiet, busy = stream.channels
     there = peers.Keeping(2, everything=sum(map(len, [stream.main, quiet, busy])) if moving else None)
-    with closing(Relaying(there.uri, timeout=0.5)) as relaying:
-        time.sleep(0.6)
+    with closing(Relaying(there.uri, timeout=1.5)) as relaying:
+        time.sleep(1.6)
         with peers.dial(relaying.uri) as main, peers.dial(relaying.uri) as first, peers.dial(relaying.uri) as second:
             main.sendall(stream.main)
             first.sendall(quiet[:-1])
             second.sendall(busy[:-20])
             if not moving:
-                assert "nothing moved for 0.5 s (--timeout)" in relaying.error()
+                assert "nothing moved for 1.5 s (--timeout)" in relaying.error()
             else:
                 for at in range(len(busy) - 20, len(busy)):
-                    time.sleep(0.07)
+                    time.sleep(0.1)
                     second.sendall(busy[at : at + 1])
                 first.sendall(quiet[-1:])
                 assert relaying.result().confirmed
