@@ -31,6 +31,7 @@ ADAPTIVE = ("adaptive", "zstd,level=adaptive", "zlib,level=adaptive")
 #: Seconds before each transfer.  A virtual machine may give freed memory back to its host, and needs up to three times
 #: as long to fill it again: that is over by then, and what the last snapshot had is still at hand.
 SETTLE = 4.5
+#: Less than a GiB: from there on hosts were seen to take memory back at once.
 NOISE_MIB = 900
 HOSTS = ("multifd-source", "multifd-target")
 ADDRESSES = ("192.0.2.1", "192.0.2.2")

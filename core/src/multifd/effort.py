@@ -46,13 +46,13 @@ from multifd.plugins import (
 #: time as it is long.
 INTERVAL = 0.2
 STORE_INTERVAL = 0.05
+REFRESH = 2.0
 #: Bytes of one channel that may be in both sides' sockets: they were made by the rung before.
 UNDERWAY = 8 << 20
 #: A link is as slow as the fastest of so many intervals was, at most: the others may have been a moment's, where the
 #: destination waited for its disk or its memory.
 LATELY = 2
 STORE_LATELY = 4
-REFRESH = 2.0
 #: A sample is not all of the memory: so many count alike, then each new one for its part of them.
 SAMPLES = 6
 #: Seconds after which a link that was not used up may carry more than it did, doubled each time up to the other.

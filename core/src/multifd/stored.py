@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from multifd.hookspecs import Channel
 from multifd.wire import Buffer
 
 
@@ -25,6 +24,11 @@ def cut(buffers: Iterable[memoryview], most: int) -> Iterator[list[memoryview]]:
         yield block
 
 
+def lengths(size: int, most: int) -> list[int]:
+    """Those of the blocks of so many bytes."""
+    return [min(most, size - start) for start in range(0, size, most)]
+
+
 def stored(pages: Iterable[memoryview], most: int, between: Sequence[bytes]) -> list[Buffer]:
     """The payload of blocks of `most` bytes, each behind its part of `between`, whose last part is the end."""
     payload: list[Buffer] = []
@@ -34,20 +38,15 @@ def stored(pages: Iterable[memoryview], most: int, between: Sequence[bytes]) -> 
     return payload
 
 
-def read_stored(channel: Channel, payload: memoryview, pages: memoryview, most: int, between: Sequence[bytes]) -> bool:
-    """Read the channel's next payload: where it is what `stored` makes of these pages, straight into them.
-
-    Where it is another one, it is in `payload` then, all of it, and the answer is False.
-    """
-    channel.read_into(payload)
+def copy_stored(payload: memoryview, pages: memoryview, most: int, between: Sequence[bytes]) -> bool:
+    """Fill the pages from a payload that is what `stored` makes of them; False where it is another one."""
     if len(payload) != len(pages) + sum(map(len, between)):
         return False
-    position = 0
-    for start, header in zip(range(0, len(pages), most), between, strict=False):
+    position = start = 0
+    for header, size in zip(between, lengths(len(pages), most), strict=False):
         end = position + len(header)
         if payload[position:end] != header:
             return False
-        size = min(most, len(pages) - start)
         pages[start : start + size] = payload[end : end + size]
-        position = end + size
+        position, start = end + size, start + size
     return payload[position:] == between[-1]

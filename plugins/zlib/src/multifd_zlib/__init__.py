@@ -20,7 +20,7 @@ from multifd.deflate import ERRORS, PROVIDER, STEP, VERSION, decompressobj, isal
 from multifd.errors import CompressorError
 from multifd.flags import MAX_PAYLOAD, METHODS
 from multifd.hookspecs import Channel, Facts, Probe, hookimpl
-from multifd.stored import read_stored, stored
+from multifd.stored import copy_stored, lengths, stored
 from multifd.wire import Buffer
 
 __version__ = "0.1.0"
@@ -123,8 +123,7 @@ def multifd_send_prepare(channel: Channel, pages: Sequence[memoryview]) -> Seque
 @lru_cache
 def _stored_headers(size: int) -> Sequence[bytes]:
     """What is before each stored block, and the empty one after the last, which is what a flush makes."""
-    sizes = [min(MOST_STORED, size - start) for start in range(0, size, MOST_STORED)]
-    return tuple(STORED.pack(0, one, one ^ 0xFFFF) for one in (*sizes, 0))
+    return tuple(STORED.pack(0, one, one ^ 0xFFFF) for one in (*lengths(size, MOST_STORED), 0))
 
 
 @hookimpl
@@ -142,9 +141,9 @@ def multifd_recv(channel: Channel, pages: memoryview) -> None:
     decoder: _Decoder = channel.compress_data
     size = channel.next_packet_size
     payload = decoder.payload[:size]
-    if not (decoder.begun and (decoder.unseen or len(pages) >= WINDOW)):
-        channel.read_into(payload)
-    elif read_stored(channel, payload, pages, MOST_STORED, _stored_headers(len(pages))):
+    channel.read_into(payload)
+    skippable = decoder.begun and (decoder.unseen or len(pages) >= WINDOW)
+    if skippable and copy_stored(payload, pages, MOST_STORED, _stored_headers(len(pages))):
         decoder.unseen = (decoder.unseen + bytes(pages[-WINDOW:]))[-WINDOW:]
         return
     if decoder.unseen:

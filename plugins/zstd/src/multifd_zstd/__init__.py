@@ -18,7 +18,7 @@ from typing import Any
 from multifd.errors import CompressorError
 from multifd.flags import MAX_PAYLOAD, METHODS, PACKET_SIZE
 from multifd.hookspecs import Channel, Facts, Probe, hookimpl
-from multifd.stored import read_stored, stored
+from multifd.stored import copy_stored, lengths, stored
 from multifd.wire import Buffer
 
 zstandard: Any
@@ -127,7 +127,7 @@ def multifd_send_prepare(channel: Channel, pages: Sequence[memoryview]) -> Seque
 @lru_cache
 def _raw_headers(size: int) -> Sequence[bytes]:
     """What is before each block of a frame of raw blocks, the last of which is marked so, and after it."""
-    sizes = [min(MOST_RAW, size - start) for start in range(0, size, MOST_RAW)]
+    sizes = lengths(size, MOST_RAW)
     first, *others = ((one << 3 | (end == len(sizes))).to_bytes(3, "little") for end, one in enumerate(sizes, 1))
     return (RAW_FRAME + first, *others, b"")
 
@@ -217,9 +217,8 @@ def multifd_recv_setup(channel: Channel) -> None:
 def multifd_recv(channel: Channel, pages: memoryview) -> None:
     decoder: _Decoder = channel.compress_data
     payload = decoder.payload[: channel.next_packet_size]
-    if decoder.blocks.in_frame:
-        channel.read_into(payload)
-    elif read_stored(channel, payload, pages, MOST_RAW, _raw_headers(len(pages))):
+    channel.read_into(payload)
+    if not decoder.blocks.in_frame and copy_stored(payload, pages, MOST_RAW, _raw_headers(len(pages))):
         return
     decoder.blocks.walk(payload)
     # The library gives out what it holds back only when it gets more input.
