@@ -12,9 +12,9 @@ def main() -> int:
     if sys.argv[1:] == ["--version"]:
         print(f"multifd {__version__}")
         return 0
-    from multifd import cli  # --version need not wait for it
+    from multifd.cli.main import main as run  # --version need not wait for it
 
-    return cli.main(sys.argv[1:])
+    return run(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""Every error multifd raises on purpose, by who is at fault.
+"""Every error multifd raises on purpose, by who is at fault, and the system's errors told as one of them.
 
 A message is one line: where (which channel), what came, what was expected, and what to do.
 """
 
 from __future__ import annotations
+
+import errno
+from types import TracebackType
 
 
 class MultifdError(Exception):
@@ -34,6 +37,46 @@ class CompressorError(MultifdError):
 
 class HostError(MultifdError):
     """The machine: a missing library, a full disk, a lost connection."""
+
+
+#: What to do about an error of the system, where there is more to say than its own words.
+_ADVICE = {
+    errno.ENOSPC: "the disk is full: free some space or choose another directory",
+    errno.EDQUOT: "the disk is full: free some space or choose another directory",
+    errno.EFBIG: "it is larger than this file system's largest file",
+}
+
+
+def reason(error: OSError) -> str:
+    """Why the system refused, in words."""
+    return _ADVICE.get(error.errno or 0) or error.strerror or str(error)
+
+
+class os_errors:  # noqa: N801 - read as a verb: `with os_errors(path):`
+    """A context in which an OSError becomes one of ours: `WHERE: why`.
+
+    A class, since it stands around each read and write: a generator's context takes ten times as long.
+    """
+
+    __slots__ = ("_kind", "_where")
+
+    def __init__(self, where: object, kind: type[MultifdError] = HostError) -> None:
+        """`where` is what was worked on, or tried; `kind` says whose fault an error is."""
+        self._where = where
+        self._kind = kind
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
+        if isinstance(error, OSError):
+            raise self._kind(f"{self._where}: {reason(error)}") from error
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def counted(count: int, what: str) -> str:

@@ -36,17 +36,38 @@ from typing import Any
 
 import pluggy
 
-from multifd.wire import Buffer
+from multifd.wire.flags import DEFAULT_PAGE_SIZE, MAX_PAYLOAD, METHODS, PACKET_SIZE
+from multifd.wire.packet import Buffer
+
+#: What the contract speaks of: everything that a compressor has to import, with `multifd.errors`.
+__all__ = [
+    "API_VERSION",
+    "COMMAND_GROUP",
+    "DEFAULT_PAGE_SIZE",
+    "ENTRY_POINT_GROUP",
+    "MAX_PAYLOAD",
+    "METHODS",
+    "OBSERVER_GROUP",
+    "PACKET_SIZE",
+    "PROJECT",
+    "Buffer",
+    "Channel",
+    "Facts",
+    "Option",
+    "OptionValue",
+    "Probe",
+    "hookimpl",
+    "hookspec",
+]
 
 PROJECT = "multifd"
 ENTRY_POINT_GROUP = "multifd.compressors"
 OBSERVER_GROUP = "multifd.observers"
+COMMAND_GROUP = "multifd.commands"
 #: Version of this contract; a compressor states the one it was written for.
 API_VERSION = 1
-
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
-
 OptionValue = bool | int | str
 
 

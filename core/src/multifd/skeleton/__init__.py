@@ -8,9 +8,10 @@ import tempfile
 from importlib import resources
 from pathlib import Path
 
-from multifd.errors import CallerError, HostError, UsageError
-from multifd.flags import METHODS, THIRD_PARTY_FLAGS
-from multifd.plugins import OURS, RESERVED
+from multifd.codec.selection import distributions
+from multifd.codec.settings import RESERVED
+from multifd.errors import CallerError, UsageError, os_errors
+from multifd.wire.flags import METHODS, THIRD_PARTY_FLAGS
 
 #: METHOD, or METHOD-suffix.
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
@@ -42,10 +43,10 @@ def write(name: str, into: str | Path = ".", *, cffi: bool = False) -> Path:
         "method": method,
         "module": module,
         "flag": str(THIRD_PARTY_FLAGS[-1]),
-        "dependencies": '"multifd-core", "cffi>=1.16"' if cffi else '"multifd-core"',
+        "dependencies": '"multifd-core>=0.2", "cffi>=1.16"' if cffi else '"multifd-core>=0.2"',
         "with": "libz.so.1 through cffi" if cffi else "Python's zlib",
     }
-    try:
+    with os_errors(f"{target} cannot be written"):
         Path(into).mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".multifd-{name}-", dir=into))
         try:
@@ -58,8 +59,6 @@ def write(name: str, into: str | Path = ".", *, cffi: bool = False) -> Path:
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
-    except OSError as error:
-        raise HostError(f"{target} cannot be written: {error.strerror or error}") from error
     return target
 
 
@@ -78,7 +77,7 @@ def _check(name: str) -> str:
             f"{method} is a method of QEMU's, with a payload of its own: the skeleton's is another; choose another "
             "method's name"
         )
-    if f"multifd-{name}" in OURS.values():
+    if f"multifd-{name}" in distributions().values():
         raise UsageError(
             f"multifd-{name} is a distribution of multifd's own, which it would replace: choose another name"
         )

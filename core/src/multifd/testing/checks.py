@@ -22,11 +22,11 @@ from importlib import resources
 from itertools import pairwise
 from typing import NoReturn
 
-from multifd import plugins
+from multifd.codec.compressor import Compressor
+from multifd.codec.hooks import HOOK_ERRORS
+from multifd.codec.selection import load
 from multifd.errors import CompressorError, MultifdError
-from multifd.flags import MAX_PAYLOAD, METHOD_NAMES, PACKET_SIZE
 from multifd.hookspecs import Facts, Option, Probe
-from multifd.plugins import HOOK_ERRORS, Compressor
 from multifd.testing.harness import (
     KINDS,
     PAGE,
@@ -41,6 +41,7 @@ from multifd.testing.harness import (
     Subject,
     address_space,
     call,
+    call_raising,
     describe,
     difference,
     full,
@@ -52,7 +53,8 @@ from multifd.testing.harness import (
     peak,
     peak_begins,
 )
-from multifd.wire import INIT, RamPacket, header_length
+from multifd.wire.flags import MAX_PAYLOAD, METHOD_NAMES, PACKET_SIZE
+from multifd.wire.packet import INIT, RamPacket, header_length
 
 #: Packets on one stream, and sessions one after another: enough that a leak of 4 KiB each shows.
 PACKETS = 2000
@@ -92,9 +94,9 @@ def check(sentence: str) -> Callable[[Callable[[Subject], None]], Callable[[Subj
 @check("Return the facts, the same each time.")
 def facts(subject: Subject) -> None:
     try:
-        compressor = plugins.load(subject.spec.name)
+        compressor = load(subject.spec.name)
     except MultifdError as error:
-        raise Broken(f"plugins.load({subject.spec.name!r})", describe(error)) from error
+        raise Broken(f"load({subject.spec.name!r})", describe(error)) from error
     said = compressor.facts
     wrong = [text for text, right in _about(said) if not right]
     if wrong:
@@ -135,7 +137,7 @@ def _key(name: object) -> bool:
 @check("`multifd_compressor`, `multifd_probe`, `multifd_send_prepare` and `multifd_recv` must be there")
 def hooks(subject: Subject) -> None:
     try:
-        compressor = plugins.load(subject.spec.name)
+        compressor = load(subject.spec.name)
     except MultifdError as error:
         raise NotRun(f"it does not load: {error}") from error
     for name in missing_hooks(compressor):
@@ -146,7 +148,7 @@ def hooks(subject: Subject) -> None:
 def without_library(subject: Subject) -> None:
     no_libraries()
     try:
-        plugins.load(subject.spec.name)
+        load(subject.spec.name)
     except MultifdError as error:
         raise Broken(
             "importing it, and multifd_compressor(), where no library can be loaded", describe(error)
@@ -162,7 +164,7 @@ def probe_without_library(subject: Subject) -> None:
 def _probe(subject: Subject, compressor: Compressor, called: str) -> Probe:
     options = compressor.settings(subject.spec.settings, sending=True).options
     try:
-        answer = compressor.hook.multifd_probe(options=options)
+        answer = call_raising(compressor, "multifd_probe", options=options)
     except HOOK_ERRORS as error:
         raise Broken(called, describe(error)) from error
     if not isinstance(answer, Probe):
@@ -574,7 +576,7 @@ def _bombs(subject: Subject) -> list[tuple[str, bytes]]:
     sender = subject.sender()
     zeros = memoryview(bytes(BOMB)).toreadonly()
     with suppress(*HOOK_ERRORS):  # it need not take so much, but where it does, that is a bomb in any format
-        made = join(sender.compressor.hook.multifd_send_prepare(channel=sender.channel, pages=[zeros]))
+        made = join(call_raising(sender.compressor, "multifd_send_prepare", channel=sender.channel, pages=[zeros]))
         found += [(f"{BOMB >> 20} MiB of zeros", payload) for payload in _fitting([made])]
     sender.clean_up()
     return found
@@ -647,7 +649,7 @@ def _fail(end: Sender | Receiver, where: str, limit: AbstractContextManager[None
     result = "works"
     with limit:
         try:
-            getattr(end.compressor.hook, f"multifd_{end.direction}_setup")(channel=end.channel)
+            call_raising(end.compressor, f"multifd_{end.direction}_setup", channel=end.channel)
         except HOOK_ERRORS as error:
             result = describe(error)
     end.clean_up(f"after a set-up that {result}")
@@ -765,7 +767,7 @@ def options(subject: Subject) -> None:
             for end in ends:
                 called = f"multifd_{end.direction}_setup({end.text()})"
                 try:
-                    getattr(compressor.hook, f"multifd_{end.direction}_setup")(channel=end.channel)
+                    call_raising(compressor, f"multifd_{end.direction}_setup", channel=end.channel)
                 except CompressorError as error:
                     works = False
                     if not _line(str(error)):

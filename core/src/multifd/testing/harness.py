@@ -18,12 +18,14 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from multifd import plugins
+from multifd.codec.compressor import Compressor
+from multifd.codec.hooks import HOOK_ERRORS
+from multifd.codec.selection import load
+from multifd.codec.settings import Spec
 from multifd.errors import CompressorError, MultifdError, PeerError
-from multifd.flags import PACKET_SIZE
 from multifd.hookspecs import Channel, Probe
-from multifd.plugins import HOOK_ERRORS, Compressor, Spec
-from multifd.wire import Buffer, pages_per_packet
+from multifd.wire.flags import PACKET_SIZE
+from multifd.wire.packet import Buffer, pages_per_packet
 
 PAGE = 4096
 REQUIRED = ("multifd_compressor", "multifd_probe", "multifd_send_prepare", "multifd_recv")
@@ -67,7 +69,7 @@ class Subject:
         Raises NotRun where the checks `facts` and `hooks` say what is wrong.
         """
         try:
-            compressor = plugins.load(self.spec.name)
+            compressor = load(self.spec.name)
         except MultifdError as error:
             raise NotRun(f"it does not load: {error}") from error
         for name in missing_hooks(compressor):
@@ -123,10 +125,18 @@ def missing_hooks(compressor: Compressor) -> list[str]:
     return [name for name in REQUIRED if not getattr(compressor.hook, name).get_hookimpls()]
 
 
+def call_raising(compressor: Compressor, hook: str, **arguments: object) -> Any:
+    """Call a hook as core does; raises what the compressor raised, without core's words around it."""
+    try:
+        return compressor.call(hook, **arguments)  # type: ignore[arg-type] # none of a hook's is called `doing`
+    except CompressorError as error:
+        raise error.__cause__ or error from None
+
+
 def call(compressor: Compressor, hook: str, text: str, **arguments: object) -> Any:
     """Call a hook that may not raise here; `text` says with what."""
     try:
-        return getattr(compressor.hook, hook)(**arguments)
+        return call_raising(compressor, hook, **arguments)
     except HOOK_ERRORS as error:
         raise Broken(f"{hook}({text})", describe(error)) from error
 
@@ -208,7 +218,7 @@ class Receiver(_End):
 
         self.channel.next_packet_size = len(payload)
         self.channel.bind(read_into)
-        self.compressor.hook.multifd_recv(channel=self.channel, pages=pages)
+        call_raising(self.compressor, "multifd_recv", channel=self.channel, pages=pages)
         return len(left)
 
     def decode(self, payload: Buffer, pages: bytes, text: str = "") -> None:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from multifd.plugins import Spec
+from multifd.codec.settings import Spec
 from multifd.testing.checks import Check
 from multifd.testing.harness import Broken, NotAsked, NotRun, Subject, describe, texts
 

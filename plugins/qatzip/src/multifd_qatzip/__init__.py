@@ -5,4 +5,4 @@ same bytes without it; `members` knows the format, `library` libqatzip, `devices
 no device.  Importing any of them touches no library of the system.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -19,12 +19,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from multifd.deflate import PROVIDER, VERSION
 from multifd.errors import CompressorError
-from multifd.flags import MAX_PAYLOAD, METHODS, PACKET_SIZE
-from multifd.hookspecs import Channel, Facts, OptionValue, Probe, hookimpl
-from multifd.pagedevice import FAILED, FALLBACK, FALLBACK_OPTION, HARDWARE, PATIENCE, SOFTWARE, LibraryError
-from multifd.wire import Buffer
+from multifd.formats.deflate import PROVIDER, VERSION
+from multifd.formats.pagedevice import FAILED, FALLBACK, FALLBACK_OPTION, HARDWARE, PATIENCE, SOFTWARE, LibraryError
+from multifd.hookspecs import MAX_PAYLOAD, METHODS, PACKET_SIZE, Buffer, Channel, Facts, OptionValue, Probe, hookimpl
 from multifd_qatzip import devices, library, software
 from multifd_qatzip.library import DeviceError, Library, Session
 from multifd_qatzip.members import MEMBER_MOST, MEMBER_SIZE, device_takes

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from multifd.errors import CompressorError
-from multifd.pagedevice import LibraryError, file_version, open_library
-from multifd.wire import Buffer
+from multifd.formats.pagedevice import LibraryError, file_version, open_library
+from multifd.hookspecs import Buffer
 from multifd_qatzip.members import DEVICE_LEAST, MEMBER_SIZE, parse
 
 SONAME = "libqatzip.so.3"

@@ -11,11 +11,9 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 
-from multifd.deflate import ERRORS, PROVIDER, VERSION, crc32, inflate, isal_zlib
 from multifd.errors import CompressorError
-from multifd.flags import MAX_PAYLOAD, METHODS, PACKET_SIZE
-from multifd.hookspecs import Channel, Facts, Probe, hookimpl
-from multifd.wire import Buffer
+from multifd.formats.deflate import ERRORS, PROVIDER, VERSION, crc32, inflate, isal_zlib
+from multifd.hookspecs import MAX_PAYLOAD, METHODS, PACKET_SIZE, Buffer, Channel, Facts, Probe, hookimpl
 from multifd_qatzip.members import MEMBER_SIZE, TRAILER, Member, pack_header, parse
 
 #: libqatzip takes 10 to 12 at set-up and then fails to compress in software (1.2.0 to 2.0.0).

@@ -4,4 +4,4 @@
 and reads the same bytes without it.  Importing either touches no library of the system.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from multifd.pagedevice import check
+from multifd.formats.pagedevice import check
 from multifd_qpl.hardware import HARDWARE, SOFTWARE, Libqpl
 
 if __name__ == "__main__":

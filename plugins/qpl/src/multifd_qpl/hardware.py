@@ -13,11 +13,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from multifd.flags import METHODS
-from multifd.hookspecs import Facts
-from multifd.pagedevice import FALLBACK_OPTION, DeviceCompressor, DeviceError, LibraryError, open_library
-from multifd.pagelist import Job
-from multifd.wire import Buffer
+from multifd.formats.pagedevice import FALLBACK_OPTION, DeviceCompressor, DeviceError, LibraryError, open_library
+from multifd.formats.pagelist import Job
+from multifd.hookspecs import METHODS, Buffer, Facts
 
 SONAME = "libqpl.so.1"
 #: An absolute path to load instead.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from multifd.flags import METHODS
-from multifd.hookspecs import Facts
-from multifd.pagelist import DEFAULT_LEVEL, LADDER, LEVELS, SoftwareCompressor
+from multifd.formats.pagelist import DEFAULT_LEVEL, LADDER, LEVELS, SoftwareCompressor
+from multifd.hookspecs import METHODS, Facts
 
 SUMMARY = "QEMU's qpl format in software, levels 1-9"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from multifd.pagedevice import check
+from multifd.formats.pagedevice import check
 from multifd_uadk.hardware import Libwd
 
 if __name__ == "__main__":

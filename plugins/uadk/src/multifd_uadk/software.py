@@ -6,9 +6,8 @@ such a one, `raw=on`.
 
 from __future__ import annotations
 
-from multifd.flags import METHODS
-from multifd.hookspecs import Facts, Option
-from multifd.pagelist import DEFAULT_LEVEL, LADDER, LEVELS, RAW, SoftwareCompressor
+from multifd.formats.pagelist import DEFAULT_LEVEL, LADDER, LEVELS, RAW, SoftwareCompressor
+from multifd.hookspecs import METHODS, Facts, Option
 
 SUMMARY = "QEMU's uadk format in software, levels 1-9"
 RAW_OPTION = Option(RAW, False, "on: send every page as it is, for a QEMU without the device, which reads nothing else")

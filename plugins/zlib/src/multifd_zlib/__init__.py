@@ -16,14 +16,12 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Protocol
 
-from multifd.deflate import ERRORS, PROVIDER, STEP, VERSION, decompressobj, isal_zlib
 from multifd.errors import CompressorError
-from multifd.flags import MAX_PAYLOAD, METHODS
-from multifd.hookspecs import Channel, Facts, Probe, hookimpl
-from multifd.stored import copy_stored, lengths, stored
-from multifd.wire import Buffer
+from multifd.formats.deflate import ERRORS, PROVIDER, STEP, VERSION, decompressobj, isal_zlib
+from multifd.formats.stored import copy_stored, lengths, stored
+from multifd.hookspecs import MAX_PAYLOAD, METHODS, Buffer, Channel, Facts, Probe, hookimpl
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 #: zlib's level -> ISA-L's level that makes streams of its size.
 ISAL_LEVELS = {1: 2, 2: 3} if isal_zlib else {}

@@ -16,10 +16,8 @@ from functools import lru_cache
 from typing import Any
 
 from multifd.errors import CompressorError
-from multifd.flags import MAX_PAYLOAD, METHODS, PACKET_SIZE
-from multifd.hookspecs import Channel, Facts, Probe, hookimpl
-from multifd.stored import copy_stored, lengths, stored
-from multifd.wire import Buffer
+from multifd.formats.stored import copy_stored, lengths, stored
+from multifd.hookspecs import MAX_PAYLOAD, METHODS, PACKET_SIZE, Buffer, Channel, Facts, Probe, hookimpl
 
 zstandard: Any
 try:
@@ -28,7 +26,7 @@ except ImportError as error:
     zstandard = None
     _WHY_NOT = str(error)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 #: The largest window a decoder of QEMU takes, and what level 20 may ask for.
 MAX_WINDOW = 1 << 27

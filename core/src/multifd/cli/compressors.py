@@ -1,0 +1,42 @@
+"""`multifd compressors`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from multifd.cli.commands import Run
+from multifd.cli.options import plugin_options
+from multifd.cli.output import print_table
+
+
+def configure(parser: argparse.ArgumentParser) -> Run:
+    """Its options."""
+    parser.description = "List the installed compressors: whether each works here, with what, or why not."
+    plugin_options(parser)
+    return run
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do it."""
+    from multifd.codec.probing import compressors
+    from multifd.codec.selection import distributions
+
+    rows = compressors()
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    table = [("NAME", "METHOD", "FLAG", "AVAILABLE", "WITH")]
+    for row in rows:
+        state = ("hardware" if row["hardware"] else "software") if row["available"] else "no"
+        detail = f"{row['provider']} {row['version']}".strip() if row["available"] else ""
+        if row["devices"]:
+            detail += f" on {', '.join(row['devices'])}"
+        detail = "; ".join(filter(None, (detail, row["reason"], row["install"] if row["reason"] else "")))
+        table.append((row["name"], row["method"], str(row["flag"]), state, f"{detail} [{row['distribution']}]"))
+    print_table(table)
+    have = {row["name"] for row in rows}
+    for name, distribution in distributions().items():
+        if name not in have:
+            print(f"not installed: {name} (pip install {distribution})")
+    return 0

@@ -1,0 +1,39 @@
+"""`multifd doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+
+from multifd.cli.commands import Run
+
+
+def configure(parser: argparse.ArgumentParser) -> Run:
+    """Its options."""
+    parser.description = "Ask both QEMUs, change nothing, and say what would fail and how to set it."
+    for side in ("source", "destination"):
+        parser.add_argument(f"--{side}-qmp", required=True, metavar="SOCKET", help=f"the monitor of the {side}'s QEMU")
+    return run
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do it."""
+    from multifd.jobs import doctor
+    from multifd.qemu.monitor import Monitor
+
+    with Monitor(arguments.source_qmp) as monitor:
+        source = doctor.examine(monitor)
+    with Monitor(arguments.destination_qmp) as monitor:
+        destination = doctor.examine(monitor)
+    troubles = doctor.compare(source, destination)
+    if arguments.json:
+        found = {"source": asdict(source), "destination": asdict(destination), "troubles": list(map(asdict, troubles))}
+        print(json.dumps(found, indent=2))
+    else:
+        print(f"{'source':<13}{doctor.describe(source)}\n{'destination':<13}{doctor.describe(destination)}")
+        for trouble in troubles:
+            print(f"- {trouble.what}: {trouble.remedy}")
+        if not troubles:
+            print("nothing is seen that would fail")
+    return int(bool(troubles))

@@ -1,0 +1,91 @@
+"""The command line: options in, a result or one line of error out.
+
+A thin layer: each command calls one function of the library, and only the one that is called is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
+
+from multifd import __version__
+from multifd.cli import commands
+from multifd.cli.options import choose_plugins
+from multifd.cli.output import say, show_warning
+from multifd.errors import MultifdError, UsageError
+
+WAKE_SECONDS = 0.25
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command; returns the exit code: 0, 1 for an error, 2 for usage, 130 for Ctrl-C."""
+    warnings.showwarning = show_warning
+    warnings.simplefilter("always", RuntimeWarning)
+    try:
+        arguments = _parser(argv).parse_args(argv)
+        gc.freeze()  # what was imported lives to the end: do not look through it again and again
+        with _signals():
+            choose_plugins(arguments)
+            code: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever read our output has gone; do not complain about it again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    except MultifdError as error:
+        if "--debug" in argv:
+            import traceback
+
+            traceback.print_exc()
+        say(str(error))
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """For this command line: only its command has its options.  Raises MultifdError where a plugin's cannot be used."""
+    parser = argparse.ArgumentParser(
+        prog="multifd",
+        description="QEMU's parallel migration channels: send, receive and look into guest memory, "
+        "compressed by plugins.",
+    )
+    parser.add_argument("--version", action="version", version=f"multifd {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    common.add_argument("--debug", action="store_true", help="on an error, print where it came from")
+    wanted = next((word for word in argv if not word.startswith("-")), "")
+    known = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in commands.find(wanted):
+        its = known.add_parser(command.name, parents=[common], help=command.summary.replace("%", "%%"))
+        if command.name == wanted:
+            its.set_defaults(run=command.configure(its))
+    return parser
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the command through its cleaning up."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    # A signal that comes just before a lock or a read blocks is seen only when that returns.
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, WAKE_SECONDS, WAKE_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)  # at exit Python gives SIGALRM back its deadly default
+
+
+def _stop(number: int, _: object) -> NoReturn:
+    signal.signal(number, signal.SIG_DFL)  # who asks twice does not want to wait for cleaning up
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)

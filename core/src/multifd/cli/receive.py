@@ -1,0 +1,69 @@
+"""`multifd receive`."""
+
+from __future__ import annotations
+
+import argparse
+
+from multifd.cli.commands import Run
+from multifd.cli.options import LISTENING_CREDS, URI_HELP, observe_option, plugin_options, seconds, size, timeout_option
+from multifd.cli.output import ProgressLine, report, say
+
+
+def configure(parser: argparse.ArgumentParser) -> Run:
+    """Its options."""
+    parser.description = "Take one migration and end.  Waits for the source without limit unless --timeout is given."
+    plugin_options(parser)
+    observe_option(parser)
+    timeout_option(parser)
+    parser.add_argument("uri", metavar="URI", help=f"{URI_HELP} to listen on (port 0: any), or recording:DIR")
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="the snapshot to make; must not exist")
+    parser.add_argument("--compressor", metavar="NAME", help="refuse packets of any other method")
+    parser.add_argument("--channels", type=int, metavar="N", help="the source's multifd-channels (2)")
+    parser.add_argument(
+        "--page-size", type=size, metavar="SIZE", help="assumed where the stream names none: 4K, 16K or 64K (4K)"
+    )
+    parser.add_argument("--no-digest", action="store_true", help="do not compute the blocks' SHA-256 at the end")
+    parser.add_argument(
+        "--no-description", action="store_true", help="take a stream without VM description (suppress-vmdesc=on)"
+    )
+    parser.add_argument(
+        "--missing-pages", action="store_true", help="take a stream in which pages never come (balloon, virtio-mem)"
+    )
+    parser.add_argument(
+        "--idle-timeout", type=seconds, metavar="SECONDS", help="give up when nothing comes for so long (never)"
+    )
+    parser.add_argument("--tls-creds", metavar="DIR", help=f"expect TLS: {LISTENING_CREDS}")
+    parser.add_argument("--qmp", metavar="SOCKET", help="the source QEMU's monitor: set it up, start it, watch it")
+    parser.add_argument(
+        "--then", choices=("stop", "resume", "quit"), default="stop", help="with --qmp: the guest afterwards (stop)"
+    )
+    return run
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do it."""
+    from multifd.jobs.destination import receive
+    from multifd.net.deadline import DEFAULT_TIMEOUT
+
+    with ProgressLine() as line:
+        result = receive(
+            arguments.uri,
+            arguments.output,
+            arguments.compressor,
+            channels=arguments.channels,
+            page_size=arguments.page_size,
+            description_required=not arguments.no_description,
+            missing_allowed=arguments.missing_pages,
+            digests=not arguments.no_digest,
+            timeout=arguments.timeout or DEFAULT_TIMEOUT,
+            first_timeout=arguments.timeout,
+            idle_timeout=arguments.idle_timeout,
+            tls_creds=arguments.tls_creds,
+            qmp=arguments.qmp,
+            then=arguments.then,
+            observe=arguments.observe,
+            on_listening=lambda uri: say(f"listening on {uri}"),
+            on_progress=line.show,
+        )
+    report(arguments, "received", result, {"snapshot": arguments.output})
+    return 0

@@ -1,0 +1,1 @@
+"""Compressors: found, asked, loaded, and called."""

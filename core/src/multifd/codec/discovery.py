@@ -1,0 +1,155 @@
+"""Who provides a plugin: found by its name, turned off, and loaded alone."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from multifd.codec.compressor import Compressor
+from multifd.codec.hooks import HOOK_ERRORS
+from multifd.errors import CallerError, CompressorError, UsageError, describe
+from multifd.hookspecs import COMMAND_GROUP, ENTRY_POINT_GROUP, OBSERVER_GROUP
+
+#: Names what is to be left out, parted by commas: a distribution, or else a plugin.  Children inherit it.
+DISABLE = "MULTIFD_DISABLE"
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """Who provides a plugin: a distribution, or a `--plugin` file by its path.  `load` imports it."""
+
+    name: str
+    load: Callable[[], object]
+    dist: metadata.Distribution | None = None
+    path: str = ""
+    #: `module:attribute` of an entry point.
+    target: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.dist.name} {self.dist.version}" if self.dist else self.path
+
+    @property
+    def off(self) -> str:
+        """What turns it off."""
+        return f"--disable {self.dist.name}" if self.dist else f"no --plugin {self.path}"
+
+
+#: Of `--plugin`.
+files: list[Provider] = []
+
+
+@cache
+def _entry_points(group: str) -> tuple[Provider, ...]:
+    return tuple(
+        Provider(entry.name, entry.load, entry.dist, target=entry.value) for entry in metadata.entry_points(group=group)
+    )
+
+
+def installed(group: str) -> list[Provider]:
+    """Everything of a group, turned off or not."""
+    return [*_entry_points(group), *(files if group == ENTRY_POINT_GROUP else ())]
+
+
+def _normal(name: str) -> str:
+    """A name as pip compares it."""
+    return re.sub("[-_.]+", "-", name).lower()
+
+
+def providers(group: str) -> dict[str, list[Provider]]:
+    """Who provides each plugin of an entry-point group, without those turned off; imports none."""
+    found = installed(group)
+    off = {_normal(name.strip()) for name in os.environ.get(DISABLE, "").split(",") if name.strip()}
+    if off:
+        owners = [_normal(provider.dist.name) if provider.dist else "" for provider in found]
+        # A distribution's name means only what it provides, so that of two with one plugin one can be chosen.
+        off_plugins = off - set(owners)
+        found = [
+            each
+            for each, owner in zip(found, owners, strict=True)
+            if owner not in off and _normal(each.name) not in off_plugins
+        ]
+    by_name: dict[str, list[Provider]] = {}
+    for each in found:
+        by_name.setdefault(each.name, []).append(each)
+    return by_name
+
+
+def provider_of(group: str, kind: str, name: str) -> Provider | None:
+    """The one who provides a plugin; None for nobody.  `kind` is what people call it.
+
+    Raises UsageError where it is turned off, CompressorError where several do.
+    """
+    found = providers(group).get(name, [])
+    if len(found) > 1:
+        raise CompressorError(f"the {kind} {name!r} is provided by {choose(found)}")
+    if not found and any(other.name == name for other in installed(group)):
+        raise UsageError(f"the {kind} {name!r} is turned off, by --disable or {DISABLE}")
+    return found[0] if found else None
+
+
+def choose(found: Iterable[Provider]) -> str:
+    """Who they are, and how to keep one."""
+    found = sorted(found, key=str)
+    return f"{' and '.join(map(str, found))}: keep one, with {' or '.join(each.off for each in found)} (or {DISABLE})"
+
+
+def disable(given: Sequence[str]) -> None:
+    """Turn plugins off before any is loaded, here and in child processes: as `MULTIFD_DISABLE` does.
+
+    Each name is a distribution's (all that it provides), or else a plugin's (whoever provides it).
+    Warns of one that nothing has.
+    """
+    found = [each for group in (ENTRY_POINT_GROUP, OBSERVER_GROUP, COMMAND_GROUP) for each in installed(group)]
+    known = {_normal(each.name) for each in found} | {_normal(each.dist.name) for each in found if each.dist}
+    for name in given:
+        if _normal(name) not in known:
+            warnings.warn(f"--disable {name}: nothing that is installed has this name", RuntimeWarning, stacklevel=2)
+    os.environ[DISABLE] = ",".join(filter(None, (os.environ.get(DISABLE, ""), *given)))
+
+
+def add_file(path: str) -> None:
+    """Load a compressor from a single file during its development; its facts say its name.
+
+    Raises CallerError where there is no such file, CompressorError where it is broken.
+    """
+    from importlib import util
+
+    path = os.path.abspath(path)
+    # The prefix keeps a file called zlib.py from being everybody's zlib.
+    spec = util.spec_from_file_location(f"multifd_plugin_file_{len(files)}_{Path(path).stem}", path)
+    if spec is None or spec.loader is None or not os.path.isfile(path):
+        raise CallerError(f"{path} is not a Python file: --plugin takes FILE.py")
+    module = sys.modules[spec.name] = util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except HOOK_ERRORS as error:
+        raise CompressorError(f"{path}: import failed: {describe(error)}") from error
+    files.append(Provider(Compressor(None, module, path).name, lambda: module, path=path))
+
+
+def load_plugin(found: Provider) -> Any:
+    """Import what somebody provides.  Raises CompressorError where that fails."""
+    try:
+        return found.load()
+    except HOOK_ERRORS as error:
+        ours = isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "multifd"
+        hint = ": it is written for another multifd-core, upgrade the older of the two" if ours else ""
+        raise CompressorError(f"{found.name} ({found}): import failed: {describe(error)}{hint}") from error
+
+
+def flaw(found: Provider) -> str:
+    """Why somebody's plugin cannot be loaded, as far as that can be told without importing any of it; or empty."""
+    from importlib import util
+
+    package = found.target.partition(":")[0].partition(".")[0].strip()
+    if not package.isidentifier():
+        return f"its entry point {found.target!r} is no module:attribute"
+    return "" if util.find_spec(package) else f"there is no module {package!r}"

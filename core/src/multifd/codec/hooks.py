@@ -1,0 +1,43 @@
+"""One plugin's hooks: every call of any plugin goes through `Hooks.call`, which names what it raises."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import pluggy
+
+from multifd.errors import MultifdError
+from multifd.hookspecs import PROJECT
+
+#: What a plugin may raise instead of returning; Ctrl-C is not its own.
+HOOK_ERRORS = (Exception, SystemExit)
+
+
+class Hooks:
+    """A plugin with a PluginManager of its own, so that no hook reaches another."""
+
+    def __init__(self, specs: ModuleType, plugin: object) -> None:
+        """Raises what registering does, where the plugin does not fit `specs`."""
+        manager = pluggy.PluginManager(PROJECT)
+        manager.add_hookspecs(specs)
+        manager.register(plugin)
+        manager.check_pending()
+        self.hook = manager.hook
+
+    def call(self, hook: str, /, *, doing: str = "", **arguments: object) -> Any:
+        """Call a hook and return its result; `doing` says in messages what for, else the hook's name does.
+
+        Raises what `failed` makes of an error.
+        """
+        try:
+            return getattr(self.hook, hook)(**arguments)
+        except HOOK_ERRORS as error:
+            failed = self.failed(doing or hook, error)
+            if failed is error:
+                raise
+            raise failed from error
+
+    def failed(self, doing: str, error: BaseException) -> MultifdError:
+        """What a hook raised, as an error that says in which plugin, and what was being done."""
+        raise NotImplementedError

@@ -1,0 +1,289 @@
+"""The receiving channels: one thread each, which checks packets and puts pages in their place.
+
+A channel stops at its k-th SYNC until the main channel has come to its k-th marker and every
+other channel to its k-th SYNC (`sync_point`); only then does anything of the next epoch touch
+the memory.  Everything of a packet is checked before a byte of memory is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from multifd.codec.readers import Readers
+from multifd.engine.decoder import Decoder
+from multifd.engine.packets import read_packet
+from multifd.errors import MultifdError, PeerError
+from multifd.memory.buffer import packet_buffer
+from multifd.memory.runs import runs
+from multifd.net.connection import Connection, Ended
+from multifd.net.deadline import Silence
+from multifd.observe.hooks import IN
+from multifd.observe.observers import Observers
+from multifd.observe.watch import Watch
+from multifd.wire.block import Block, check_packet
+from multifd.wire.counts import Counts
+from multifd.wire.packet import InitPacket, RamPacket, header_length
+
+
+class PageStore(Protocol):
+    """Where one block's pages go; offsets and lengths were checked."""
+
+    def store(self, offset: int, pages: memoryview) -> None:
+        """Take a run of pages."""
+
+    def clear(self, offset: int, length: int) -> None:
+        """Make a run of pages zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The destination's memory: known once the main channel has listed the RAM blocks."""
+
+    page_size: int
+    blocks: Mapping[str, Block]
+    stores: Mapping[str, PageStore]
+
+
+@dataclass(slots=True)
+class _RecvChannel:
+    """Owned by its thread, but for `syncs` and `ended`, which the lock guards.
+
+    `finish` looks at `fresh_pages`, too: of a channel that has stopped they are what came after its last SYNC.
+    """
+
+    id: int
+    connection: Connection
+    decoder: Decoder
+    watch: Watch
+    syncs: int = 0
+    fresh_pages: int = 0
+    ended: str = ""
+    counts: Counts = field(default_factory=Counts)
+
+
+class RecvChannels:
+    """All receiving channels of one migration."""
+
+    def __init__(
+        self, count: int, readers: Readers, silence: Silence, on_failure: Callable[[], None], observers: Observers
+    ) -> None:
+        """`on_failure` is called once, from any thread, to wake the main channel's reader."""
+        self._observers = observers
+        self.count = count
+        self.uuid: bytes | None = None
+        self._readers = readers
+        self._silence = silence
+        self._on_failure = on_failure
+        self._changed = threading.Condition()
+        # Guarded by the condition:
+        self._channels: dict[int, _RecvChannel] = {}
+        self._memory: Memory | None = None
+        self._passed = 0
+        self._over = False
+        self._failure: BaseException | None = None
+
+    @property
+    def counts(self) -> Counts:
+        """Of all channels so far."""
+        return Counts.total(channel.counts for channel in list(self._channels.values()))
+
+    @property
+    def statistics(self) -> dict[str, int]:
+        """What the compressors counted on all channels."""
+        total: Counter[str] = Counter()
+        for channel in list(self._channels.values()):
+            total.update(channel.decoder.statistics)
+        return dict(total)
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes read from all channels so far."""
+        return sum(channel.connection.bytes_read for channel in list(self._channels.values()))
+
+    @property
+    def sync_points(self) -> int:
+        """Sync points that all have passed."""
+        return self._passed
+
+    def serve(self, connection: Connection, init: InitPacket) -> None:
+        """Read one channel to its end, in the caller's thread; errors go to `fail`."""
+        channel = self._register(connection, init)
+        try:
+            self._run(channel)
+        except MultifdError as error:
+            self.fail(error.at(f"channel {channel.id}"))
+        finally:
+            channel.decoder.close()
+
+    def start(self, memory: Memory) -> None:
+        """The RAM blocks are known: let the channels read."""
+        with self._changed:
+            self._memory = memory
+            self._changed.notify_all()
+
+    def sync_point(self, between: Callable[[], None]) -> None:
+        """The main channel is at its next marker: wait for every channel's SYNC, then go on.
+
+        `between` is called while all of them stand still.  Raises PeerError where a channel
+        ended before, is missing, or nothing moves for the timeout; or the first failure.
+        """
+        with self._changed:
+            number = self._passed + 1
+            self._silence.awaited = True
+            while late := self._late(number):
+                self._raise_failure()
+                if not self._changed.wait(self._silence.interval):
+                    self._silence.check(late, awaited=True)
+            self._raise_failure()
+            between()
+            self._passed = number
+            self._silence.awaited = False
+            self._changed.notify_all()
+
+    def finish(self, *, recorded: bool) -> None:
+        """The main channel is complete.  Raises PeerError where a channel is not.
+
+        A recorded channel is read to its end first.  A live one may stay open: there the source
+        waits for our answer.
+        """
+        with self._changed:
+            if recorded:
+                self._changed.wait_for(
+                    lambda: (
+                        self._over
+                        or all(channel.ended or channel.syncs > self._passed for channel in self._channels.values())
+                    )
+                )
+            self._raise_failure()
+            for channel in self._channels.values():
+                if channel.syncs != self._passed or channel.fresh_pages:
+                    raise PeerError(
+                        f"channel {channel.id}: {channel.syncs} SYNCs and {channel.fresh_pages} pages after the last, "
+                        f"but the main channel ended after {self._passed} sync points"
+                    )
+        self.stop()
+
+    def stop(self) -> None:
+        """Wake all threads and let them end."""
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+            channels = list(self._channels.values())
+        for channel in channels:
+            channel.connection.interrupt()
+
+    def fail(self, error: BaseException) -> None:
+        """Stop everything; the first error is the one that is raised."""
+        with self._changed:
+            if self._over:
+                return
+            self._failure = error
+        self.stop()
+        self._on_failure()
+
+    def raise_failure(self) -> None:
+        """Raise the first error of any channel."""
+        with self._changed:
+            self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _late(self, number: int) -> str:
+        """Who keeps sync point `number` waiting, in words; empty if nobody.  Locked."""
+        if self._failure is not None:
+            return "failed"
+        for channel in self._channels.values():
+            if channel.syncs < number and channel.ended:
+                raise PeerError(f"channel {channel.id}: {channel.ended} before SYNC {number}: did the source fail?")
+        if len(self._channels) < self.count:
+            return (
+                f"{len(self._channels)} of {self.count} multifd channels came: start both sides with the same "
+                "number of channels (and multifd on)"
+            )
+        waiting = [channel.id for channel in self._channels.values() if channel.syncs < number]
+        return f"channel {waiting[0]}: waiting for its SYNC {number}" if waiting else ""
+
+    def _register(self, connection: Connection, init: InitPacket) -> _RecvChannel:
+        with self._changed:
+            if self.uuid is None:
+                self.uuid = init.uuid
+            if init.uuid != self.uuid:
+                raise PeerError(
+                    f"channel {init.id}: VM uuid {init.uuid.hex()}, the other channels have {self.uuid.hex()}: "
+                    "two migrations at once?"
+                )
+            if init.id >= self.count:
+                raise PeerError(
+                    f"channel {init.id}: the sender uses at least {init.id + 1} channels, this side expects "
+                    f"{self.count}: start both with the same --channels"
+                )
+            if init.id in self._channels:
+                raise PeerError(f"channel {init.id}: came twice")
+            watch = self._observers.watch(IN, init, ("wait", "decode"))
+            channel = self._channels[init.id] = _RecvChannel(
+                init.id, connection, Decoder(init.id, watch.tee(connection), self._readers), watch
+            )
+            self._changed.notify_all()
+            return channel
+
+    def _run(self, channel: _RecvChannel) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._memory is not None or self._over)
+            memory = self._memory
+        if memory is None or self._over:
+            return
+        size = memory.page_size
+        header = bytearray(header_length(size))
+        head = memoryview(header)
+        pages = memoryview(packet_buffer())
+        channel.watch.begin(size)
+        while not self._over:
+            try:
+                packet = read_packet(channel.connection, head, size)
+            except Ended as ended:
+                # Whether it may end here is known at the next sync point, or at the end: QEMU 7.2
+                # can be cut inside an empty packet after the last SYNC.
+                with self._changed:
+                    channel.ended = str(ended)
+                    self._changed.notify_all()
+                return
+            channel.watch.clock.lap("wait")
+            if packet.normal or packet.zero:
+                self._take(channel, memory, packet, pages)
+            channel.counts.add(packet)
+            channel.watch.packet(packet, head)
+            if packet.sync and not self._wait_at_sync(channel):
+                return
+
+    def _take(self, channel: _RecvChannel, memory: Memory, packet: RamPacket, buffer: memoryview) -> None:
+        size = memory.page_size
+        self._readers.check(packet.method)
+        block = check_packet(memory.blocks, packet, size)
+        store = memory.stores[block.idstr]
+        channel.fresh_pages += len(packet.normal) + len(packet.zero)
+        for offset, length in runs(packet.zero, size):
+            store.clear(offset, length)
+        if packet.normal:
+            pages = buffer[: len(packet.normal) * size]
+            channel.decoder.decode(packet, pages, size)
+            channel.watch.clock.lap("decode")
+            done = 0
+            for offset, length in runs(packet.normal, size):
+                store.store(offset, pages[done : done + length])
+                done += length
+
+    def _wait_at_sync(self, channel: _RecvChannel) -> bool:
+        """Stop until the sync point is passed; False where the migration is over instead."""
+        with self._changed:
+            channel.syncs += 1
+            channel.fresh_pages = 0
+            self._silence.awaited = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._passed >= channel.syncs or self._over)
+            return not self._over

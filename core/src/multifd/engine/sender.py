@@ -1,0 +1,220 @@
+"""The sending channels: one thread each, which takes batches of pages and writes packets.
+
+The way of a page: the thread of whichever channel is idle takes the next batch (offsets only),
+reads its pages into a buffer of its own, parts zero pages from normal ones, lets the compressor
+make the payload of the runs, and writes header and payload with one call.  `epoch` returns when
+every channel has written all of its packets and a SYNC.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from multifd.effort.choice import Choice
+from multifd.effort.controller import Effort
+from multifd.engine.encoder import Encoder
+from multifd.engine.packets import PacketWriter
+from multifd.errors import MultifdError
+from multifd.memory.buffer import packet_buffer
+from multifd.net.connection import Connection
+from multifd.observe.watch import Watch
+from multifd.snapshot.reader import BlockReader
+from multifd.wire.counts import Counts
+from multifd.wire.packet import RamPacket
+
+ZERO_PAGES = ("multifd", "legacy", "none")
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Up to one packet of one block; a `hole` is known to be zero and is not read."""
+
+    block: BlockReader
+    offset: int
+    length: int
+    hole: bool = False
+
+
+@dataclass(slots=True)
+class _SendChannel:
+    """Owned by its thread, but for `synced`, which the lock guards."""
+
+    id: int
+    connection: Connection
+    writer: PacketWriter
+    buffer: memoryview = field(default_factory=lambda: memoryview(packet_buffer()))
+    pages: memoryview = field(init=False)
+    synced: int = 0
+    #: Zero pages that went to the main channel.
+    aside: int = 0
+
+    def __post_init__(self) -> None:
+        self.pages = self.buffer.toreadonly()
+
+
+class SendChannels:
+    """All sending channels of one migration.
+
+    `zero_pages` says where zero pages go: `multifd` in the packets, `legacy` to the main
+    channel, `none` as normal pages.
+    """
+
+    def __init__(
+        self,
+        connections: Sequence[tuple[Connection, Watch]],
+        choice: Choice,
+        page_size: int,
+        zero_pages: str,
+    ) -> None:
+        self._effort = effort = Effort(choice)
+        self._page_size = page_size
+        self._zero_pages = zero_pages
+        numbers = itertools.count()
+        self._channels = [
+            _SendChannel(
+                number, connection, PacketWriter(connection, Encoder(number, page_size, effort), watch, numbers)
+            )
+            for number, (connection, watch) in enumerate(connections)
+        ]
+        self._next_batch = threading.Lock()
+        self._batches: Iterator[Batch] = iter(())  # guarded by _next_batch
+        self._changed = threading.Condition()
+        # Guarded by _changed:
+        self._zeros: list[tuple[str, Sequence[int]]] = []
+        self._epoch = 0
+        self._over = False
+        self._failure: BaseException | None = None
+        self._threads: list[threading.Thread] = []
+        try:
+            for channel in self._channels:
+                name = f"multifd-send-{channel.id}"
+                thread = threading.Thread(target=self._run, args=(channel,), name=name, daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        except BaseException:  # nobody else has those that were started
+            self.stop()
+            raise
+
+    @property
+    def counts(self) -> Counts:
+        """Of all channels so far, with the zero pages that went to the main channel."""
+        total = Counts.total(channel.writer.counts for channel in self._channels)
+        total.zero_pages += sum(channel.aside for channel in self._channels)
+        return total
+
+    @property
+    def statistics(self) -> dict[str, int]:
+        """What the compressors counted on all channels, and what was chosen for how many packets."""
+        total = Counter(self._effort.used)
+        for channel in self._channels:
+            total.update(channel.writer.encoder.statistics)
+        return dict(total)
+
+    def epoch(self, batches: Iterable[Batch], on_zeros: Callable[[str, Sequence[int]], None]) -> None:
+        """Send all batches and one SYNC per channel; returns when all of it is written.
+
+        `on_zeros` is called in this thread, for the main channel, with (idstr, offsets) of zero
+        pages that go there.  Raises the first error of any channel.
+        """
+        with self._next_batch:
+            self._batches = iter(batches)
+        with self._changed:
+            self._epoch += 1
+            self._changed.notify_all()
+        done = False
+        while not done:
+            with self._changed:
+                self._changed.wait_for(lambda: self._zeros or self._over or self._all_synced())
+                if self._failure is not None:
+                    raise self._failure
+                done = self._all_synced()
+                zeros, self._zeros = self._zeros, []
+            for idstr, offsets in zeros:
+                on_zeros(idstr, offsets)
+
+    def stop(self) -> None:
+        """Wake the threads wherever they are, wait for them to end; the channels are then dead."""
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+        for channel in self._channels:
+            channel.connection.interrupt()
+        for thread in self._threads:
+            thread.join()
+
+    def _fail(self, error: BaseException) -> None:
+        """The first error is the one that `epoch` raises."""
+        with self._changed:
+            if not self._over:
+                self._failure = error
+                self._over = True
+                self._changed.notify_all()
+        for channel in self._channels:
+            channel.connection.interrupt()
+
+    def _all_synced(self) -> bool:
+        return all(channel.synced == self._epoch for channel in self._channels)
+
+    def _run(self, channel: _SendChannel) -> None:
+        writer = channel.writer
+        try:
+            writer.encoder.set_up()
+            writer.watch.begin(self._page_size)
+            while self._wait_for_epoch(channel):
+                while (batch := self._take()) is not None:
+                    started = time.perf_counter()
+                    if not self._send(channel, batch):
+                        writer.encoder.idle(time.perf_counter() - started)
+                self._send_sync(channel)
+        except MultifdError as error:
+            self._fail(error.at(f"channel {channel.id}"))
+        except BaseException as error:  # noqa: BLE001 - epoch() raises it in its thread
+            self._fail(error)
+        finally:
+            writer.close()
+
+    def _wait_for_epoch(self, channel: _SendChannel) -> bool:
+        """Wait until there is something to send; False at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: channel.synced < self._epoch or self._over)
+            return not self._over
+
+    def _take(self) -> Batch | None:
+        with self._next_batch:
+            return None if self._over else next(self._batches, None)
+
+    def _send_sync(self, channel: _SendChannel) -> None:
+        channel.writer.watch.clock.lap("wait")
+        channel.writer.write(RamPacket(sync=True))
+        with self._changed:
+            channel.synced += 1
+            self._changed.notify_all()
+
+    def _send(self, channel: _SendChannel, batch: Batch) -> bool:
+        """Send what is to be sent of a batch; says whether there was a payload."""
+        writer = channel.writer
+        offsets = tuple(range(batch.offset, batch.offset + batch.length, self._page_size))
+        idstr = batch.block.block.idstr
+        runs: list[memoryview] = []
+        if batch.hole:
+            packet = RamPacket(ramblock=idstr, zero=offsets)
+        else:
+            batch.block.read_into(batch.offset, channel.buffer[: batch.length])
+            packet, runs = RamPacket(ramblock=idstr, normal=offsets), [channel.pages[: batch.length]]
+            if self._zero_pages != "none":
+                packet, runs = writer.part(packet, runs[0])
+        if packet.zero and self._zero_pages == "legacy":
+            channel.aside += len(packet.zero)
+            with self._changed:
+                self._zeros.append((idstr, packet.zero))
+                self._changed.notify_all()
+            packet = replace(packet, zero=())
+        if packet.normal or packet.zero:
+            writer.watch.clock.lap("wait")
+            writer.write(packet, runs)
+        return bool(runs)

@@ -1,0 +1,1 @@
+"""Payload formats that several compressors share, for plugins: a promised name."""

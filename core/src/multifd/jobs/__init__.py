@@ -1,0 +1,1 @@
+"""What multifd is for: one module a job."""

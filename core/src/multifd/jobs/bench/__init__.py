@@ -1,0 +1,1 @@
+"""`bench`: measured, modelled, drawn."""

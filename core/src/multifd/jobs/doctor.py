@@ -1,0 +1,181 @@
+"""Compare the two QEMUs of a migration before anything moves.
+
+    from multifd.doctor import compare, examine
+    from multifd.qmp import Monitor
+
+    with Monitor("/run/here.qmp") as here, Monitor("/run/there.qmp") as there:
+        for trouble in compare(examine(here), examine(there)):
+            print(trouble.what, trouble.remedy)
+
+Only questions are asked: nothing is set on either side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from multifd.qemu.monitor import Monitor
+from multifd.qemu.settings import OTHER_COMPRESSION, OTHER_WAYS
+
+#: The first release that we speak with: 7.2 is the oldest that was tried.
+OLDEST = (7, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """What one QEMU says of itself; `methods` is empty where it does not tell."""
+
+    name: str
+    version: tuple[int, int, int]
+    machine: str
+    memory_bytes: int
+    uuid: str
+    status: str
+    methods: tuple[str, ...]
+    capabilities: dict[str, bool]
+    parameters: dict[str, Any]
+
+    def on(self, capability: str) -> bool:
+        """Whether it has this capability, and it is on."""
+        return self.capabilities.get(capability, False)
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """What would fail, and what to do about it."""
+
+    what: str
+    remedy: str
+
+
+def examine(monitor: Monitor) -> Side:
+    """Ask a QEMU.  Raises PeerError, HostError."""
+    number = monitor.command("query-version")["qemu"]
+    machine: str = monitor.command("qom-get", path="/machine", property="type")
+    return Side(
+        name=monitor.name,
+        version=(number["major"], number["minor"], number["micro"]),
+        machine=machine.removesuffix("-machine"),
+        memory_bytes=monitor.command("query-memory-size-summary")["base-memory"],
+        uuid=monitor.command("query-uuid")["UUID"],
+        status=monitor.command("query-status")["status"],
+        methods=_methods(monitor.command("query-qmp-schema")),
+        capabilities={item["capability"]: item["state"] for item in monitor.command("query-migrate-capabilities")},
+        parameters=monitor.command("query-migrate-parameters"),
+    )
+
+
+def _methods(schema: list[dict[str, Any]]) -> tuple[str, ...]:
+    """The compression methods it was built with.  The schema has numbers for the names of types."""
+    types = {entry["name"]: entry for entry in schema}
+    arguments = types[types["migrate-set-parameters"]["arg-type"]]
+    for member in arguments["members"]:
+        if member["name"] == "multifd-compression":
+            return tuple(types[member["type"]]["values"])  # as in every release so far, beside 6.2's `members`
+    return ()
+
+
+def compare(source: Side, destination: Side) -> list[Trouble]:
+    """What would fail; empty where nothing is seen."""
+    found = [trouble for side, who in ((source, "source"), (destination, "destination")) for trouble in _own(side, who)]
+    if destination.status != "inmigrate":
+        found.append(
+            Trouble(f"the destination is {destination.status}, it does not wait", "start it with -incoming defer")
+        )
+    for what, option, ours, theirs in (
+        ("machine types", "-machine", source.machine, destination.machine),
+        ("memory sizes", "-m", f"{source.memory_bytes >> 20}M", f"{destination.memory_bytes >> 20}M"),
+        ("uuids", "-uuid", source.uuid, destination.uuid),
+    ):
+        if ours != theirs:
+            found.append(Trouble(f"{what} differ: {ours} and {theirs}", f"start the destination with {option} {ours}"))
+    creds = [side.parameters.get("tls-creds") for side in (source, destination)]
+    if bool(creds[0]) != bool(creds[1]):
+        sides = ("source", "destination", "listen") if creds[0] else ("destination", "source", "connect")
+        with_tls, without, leg = sides
+        found.append(
+            Trouble(
+                f"TLS is on on the {with_tls} ({creds[0] or creds[1]}), not on the {without}",
+                f"set tls-creds on the {without}, or put a relay beside it, with --{leg}-tls-creds",
+            )
+        )
+    if source.on("multifd") and destination.on("multifd"):
+        found += _multifd(source, destination)
+    if source.version >= (10, 0) > destination.version and not _older(source.machine, (10, 0)):
+        found.append(
+            Trouble(
+                "the source may send switchover-start, which a destination before 10.0 refuses",
+                "use relay --drop-switchover-start, or start the source with a machine type up to 9.2",
+            )
+        )
+    detection = source.parameters.get("zero-page-detection")
+    if detection == "multifd" and destination.version < (9, 0):
+        found.append(
+            Trouble(
+                "the source puts zero pages into packets, which a destination before 9.0 does not read",
+                "set zero-page-detection to legacy on the source",
+            )
+        )
+    return found
+
+
+def _own(side: Side, who: str) -> list[Trouble]:
+    found = []
+    if side.version < OLDEST:
+        found.append(
+            Trouble(f"the {who} is QEMU {_dotted(side.version)}: older than 7.2, the oldest tried", "upgrade it")
+        )
+    if not side.on("multifd"):
+        found.append(
+            Trouble(f"multifd is off on the {who}", f"on the {who}'s monitor: migrate_set_capability multifd on")
+        )
+    found += [
+        Trouble(f"{capability} is on on the {who}", f"on the {who}'s monitor: migrate_set_capability {capability} off")
+        for capability in (*OTHER_WAYS, *OTHER_COMPRESSION)
+        if side.on(capability)
+    ]
+    return found
+
+
+def _multifd(source: Side, destination: Side) -> list[Trouble]:
+    found = []
+    channels = [side.parameters["multifd-channels"] for side in (source, destination)]
+    if channels[0] != channels[1]:
+        found.append(
+            Trouble(
+                f"multifd-channels differ: {channels[0]} and {channels[1]}",
+                f"on the destination's monitor: migrate_set_parameter multifd-channels {channels[0]}",
+            )
+        )
+    ours, theirs = (side.parameters["multifd-compression"] for side in (source, destination))
+    if ours != theirs:
+        can = [
+            f"set multifd-compression to {method} on the {who}"
+            for method, side, who in ((ours, destination, "destination"), (theirs, source, "source"))
+            if method in side.methods
+        ]
+        remedy = ", or ".join([*can, f"put a relay between them, with --from {ours} --to {theirs}"])
+        found.append(Trouble(f"multifd-compression differs: {ours} and {theirs}", remedy))
+    return found
+
+
+def _older(machine: str, version: tuple[int, int]) -> bool:
+    """Whether a machine type of QEMU's own is of an earlier version; a distribution's name tells none."""
+    number = machine.rpartition("-")[2].split(".")
+    return len(number) == 2 and all(map(str.isdigit, number)) and (int(number[0]), int(number[1])) < version
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
+def describe(side: Side) -> str:
+    """One QEMU in a line."""
+    multifd = "multifd off"
+    if side.on("multifd"):
+        multifd = f"multifd {side.parameters['multifd-compression']}, {side.parameters['multifd-channels']} channels"
+    return (
+        f"QEMU {_dotted(side.version)}, {side.machine}, {side.memory_bytes >> 20} MiB, {side.status}, {multifd} "
+        f"(built with: {' '.join(side.methods)})"
+    )

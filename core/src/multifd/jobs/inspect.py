@@ -1,0 +1,197 @@
+"""What a recording or a snapshot holds, without decoding a payload."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from multifd.engine.packets import read_packet
+from multifd.errors import CallerError, MultifdError
+from multifd.net.connection import MAIN_READ, Connection, Ended
+from multifd.net.recording import open_recording
+from multifd.snapshot.format import INDEX
+from multifd.snapshot.reader import open_snapshot
+from multifd.wire.block import check_packet
+from multifd.wire.counts import Counts
+from multifd.wire.events import BlockList, Configuration, DeviceState, PageData, SyncPoint, ZeroPages
+from multifd.wire.flags import PACKET_SIZE, method_name
+from multifd.wire.mainchannel import Parser
+from multifd.wire.packet import INIT, InitPacket, RamPacket, header_length
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """Describe a recording (`main.bin`, `chK.bin`) or a snapshot as a JSON-ready object.
+
+    Raises CallerError for what is neither.  A recording that is cut or damaged is described as
+    far as it goes; `ended` says how it ended.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CallerError(f"{path} is not a directory: a recording and a snapshot both are")
+    return _snapshot(path) if (path / INDEX).exists() else _recording(path)
+
+
+def _snapshot(path: Path) -> dict[str, Any]:
+    snapshot = open_snapshot(path)
+    transfer = snapshot.index.get("transfer", {})
+    wire = transfer.get("wire_bytes", 0)
+    return {
+        "kind": "snapshot",
+        "machine": snapshot.machine,
+        "uuid": str(UUID(bytes=snapshot.uuid)),
+        "page_size": snapshot.page_size,
+        "sync": snapshot.sync,
+        "blocks": [
+            {
+                "idstr": item.block.idstr,
+                "used_length": item.block.used_length,
+                "file": item.path.name,
+                "stored_bytes": item.path.stat().st_blocks * 512,
+                "sha256": entry["sha256"],
+            }
+            for item, entry in zip(snapshot.blocks, snapshot.index["blocks"], strict=True)
+        ],
+        "device_state_bytes": snapshot.device_state.stat().st_size if snapshot.device_state else 0,
+        "channels": transfer.get("channels"),
+        "method": transfer.get("compressor"),
+        "packets": transfer.get("packets"),
+        "normal_pages": transfer.get("normal_pages"),
+        "zero_pages": transfer.get("zero_pages"),
+        "wire_bytes": wire,
+        "ratio": _ratio(transfer.get("memory_bytes", 0), wire),
+        "rounds": transfer.get("rounds"),
+        "sync_points": transfer.get("sync_points"),
+        "syncs": transfer.get("sync_points", 0) * transfer.get("channels", 0) or None,
+        "ended": "complete" if transfer.get("description", True) else "complete, without a VM description",
+    }
+
+
+def _ratio(memory: int, wire: int) -> float | None:
+    return round(memory / wire, 3) if wire else None
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Counts of one channel, and which epochs had pages."""
+
+    counts: Counts = field(default_factory=Counts)
+    syncs: int = 0
+    busy: set[int] = field(default_factory=set)
+    methods: Counter[str] = field(default_factory=Counter)
+    problem: str = ""
+
+    def add(self, packet: RamPacket) -> None:
+        """A packet of a multifd channel."""
+        self.counts.add(packet)
+        self.note(len(packet.normal) + len(packet.zero))
+        self.syncs += packet.sync
+
+    def note(self, pages: int) -> None:
+        """Pages came since the last SYNC."""
+        if pages:
+            self.busy.add(self.syncs)
+
+
+def _recording(path: Path) -> dict[str, Any]:
+    with ExitStack() as cleanup:
+        main, channels = open_recording(str(path))
+        for connection in (main, *channels):
+            cleanup.callback(connection.close)
+        parser = Parser()
+        head: dict[str, Any] = {"machine": "", "uuid": None, "blocks": [], "device_state_bytes": 0}
+        main_tally = _main(main, parser, head)
+        tallies = [_channel(connection, parser, head) for connection in channels]
+        wire = main.bytes_read + sum(connection.bytes_read for connection in channels)
+    every = [main_tally, *tallies]
+    counts = Counts.total(tally.counts for tally in every)
+    problems = [
+        f"channel {number}: {tally.syncs} SYNCs for {main_tally.syncs} sync points"
+        for number, tally in enumerate(tallies)
+        if tally.syncs != main_tally.syncs and not tally.problem
+    ]
+    problems = [tally.problem for tally in every if tally.problem] + problems
+    methods: Counter[str] = sum((tally.methods for tally in tallies), Counter())
+    return {
+        "kind": "recording",
+        "machine": head["machine"],
+        "uuid": head["uuid"],
+        "page_size": parser.page_size,
+        "sync": parser.sync,
+        "blocks": head["blocks"],
+        "device_state_bytes": head["device_state_bytes"],
+        "channels": len(channels),
+        "method": "+".join(sorted(methods)) or None,
+        "packets": counts.packets,
+        "normal_pages": counts.normal_pages,
+        "zero_pages": counts.zero_pages,
+        "main_zero_pages": main_tally.counts.zero_pages,
+        "wire_bytes": wire,
+        "ratio": _ratio(counts.pages * parser.page_size, wire),
+        "rounds": len(set().union(*(tally.busy for tally in every))),
+        "sync_points": main_tally.syncs,
+        "syncs": sum(tally.syncs for tally in tallies),
+        "ended": "; ".join(problems) or "complete",
+    }
+
+
+def _main(main: Connection, parser: Parser, head: dict[str, Any]) -> _Tally:
+    tally = _Tally()
+    try:
+        while data := main.read_some(MAIN_READ):
+            parser.feed(data)
+            for event in parser.events():
+                match event:
+                    case Configuration(machine, _, uuid, _):
+                        head["machine"] = machine
+                        head["uuid"] = str(UUID(bytes=uuid)) if uuid else None
+                    case BlockList(blocks):
+                        head["blocks"] = [{"idstr": block.idstr, "used_length": block.used_length} for block in blocks]
+                        head["by_name"] = {block.idstr: block for block in blocks}
+                    case ZeroPages(_, offsets):
+                        tally.counts.zero_pages += len(offsets)
+                        tally.note(len(offsets))
+                    case PageData():
+                        tally.counts.normal_pages += 1
+                        tally.note(1)
+                    case SyncPoint():
+                        tally.syncs += 1
+                    case DeviceState(data):
+                        head["device_state_bytes"] += len(data)
+        parser.end()
+    except MultifdError as error:
+        tally.problem = str(error.at("main channel"))
+    return tally
+
+
+def _channel(connection: Connection, parser: Parser, head: dict[str, Any]) -> _Tally:
+    tally = _Tally()
+    size = parser.page_size
+    header = memoryview(bytearray(header_length(size)))
+    payload = memoryview(bytearray(PACKET_SIZE))
+    name = connection.name
+    try:
+        connection.read_into(header[: INIT.size])
+        init = InitPacket.unpack(header[: INIT.size])
+        name = f"channel {init.id}"
+        head["uuid"] = head["uuid"] or str(UUID(bytes=init.uuid))
+        while True:
+            try:
+                packet = read_packet(connection, header, size)
+            except Ended:
+                return tally  # judged by its SYNCs: it may be cut after the last
+            if packet.normal or packet.zero:
+                check_packet(head.get("by_name", {}), packet, size)
+                tally.methods[method_name(packet.method)] += 1
+                left = packet.next_packet_size
+                while left:
+                    part = payload[: min(left, PACKET_SIZE)]
+                    connection.read_into(part)
+                    left -= len(part)
+            tally.add(packet)
+    except MultifdError as error:
+        tally.problem = str(error.at(name))
+    return tally

@@ -1,0 +1,1 @@
+"""`relay`: the server, its migrations, their channels."""

@@ -1,0 +1,124 @@
+"""The main channel on its way through the relay: untouched in both directions, and read along."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from multifd.errors import MultifdError
+from multifd.net.connection import MAIN_READ, Connection
+from multifd.observe.hooks import BACK, IN, OUT
+from multifd.observe.observers import Observers
+from multifd.wire.events import BlockList, CommandReceived, Configuration, Event, SyncPoint
+from multifd.wire.flags import VM_FILE_MAGIC, Command
+from multifd.wire.layout import COMMAND_HEAD
+from multifd.wire.mainchannel import Parser
+from multifd.wire.packet import MAGIC, Buffer
+from multifd.wire.returnpath import ReturnPathParser
+
+#: A command without data: section type, number, length.
+COMMAND_SIZE = 1 + COMMAND_HEAD.size
+
+
+class MainChannel:
+    """What passed on it so far; one thread passes on, another passes back, and all of it is guarded by `changed`.
+
+    `return_path` says that the destination is to answer, `shut` is its answer once it came; `sync_points` are those
+    that the source has sent.
+    """
+
+    def __init__(self, changed: threading.Condition, observers: Observers, *, drop_switchover_start: bool) -> None:
+        self.machine = ""
+        self.return_path = False
+        self.blocks_known = False
+        self.sync_points = 0
+        self.source_ended = False
+        self._changed = changed
+        self._observers = observers
+        self._drop_switchover_start = drop_switchover_start
+        self._parser = Parser()
+        self._answers = ReturnPathParser()
+        # Where a command is to be dropped: what has not passed yet, and from where in the stream on.
+        self._held = bytearray()
+        self._held_from = 0
+
+    @property
+    def page_size(self) -> int:
+        """Right once the blocks are known."""
+        return self._parser.page_size
+
+    @property
+    def complete(self) -> bool:
+        """Whether the source's stream has come to its end."""
+        return self._parser.complete
+
+    @property
+    def shut(self) -> int | None:
+        """The destination's last word: 0 is good, None where it has not come."""
+        return self._answers.shut
+
+    @property
+    def source_is_well(self) -> bool:
+        """Whether it has ended its stream as it should, or not at all: a destination that goes then is to blame."""
+        return self._parser.complete or not self.source_ended
+
+    def pass_on(self, source: Connection, destination: Connection, on_event: Callable[[Event], None]) -> None:
+        """From the source to the destination, until the source ends; `on_event` sees each event before it passes.
+
+        Raises PeerError for what is no migration, Lost where the destination has gone, and what `on_event` raises.
+        """
+        data = MAGIC.pack(VM_FILE_MAGIC)  # which told that it is the main channel
+        while data:
+            self._observers.main(IN, data)
+            passed = self._read_along(data, on_event)
+            destination.write([passed])
+            self._observers.main(OUT, passed)
+            data = source.read_some(MAIN_READ)
+        self.source_ended = True
+
+    def pass_back(self, destination: Connection, source: Connection) -> None:
+        """The destination's answers, until it closes.  Raises Lost where the source has gone."""
+        while data := destination.read_some(4096):
+            self._answers.feed(data)
+            source.write([data])
+            self._observers.main(BACK, data)
+
+    def _read_along(self, data: bytes, on_event: Callable[[Event], None]) -> Buffer:
+        """What passes now."""
+        self._parser.feed(data)
+        cuts: list[int] = []
+        try:
+            for event in self._parser.events():
+                self._note(event)
+                on_event(event)
+                if isinstance(event, CommandReceived) and event.number == Command.SWITCHOVER_START:
+                    cuts.append(self._parser.position)
+        except MultifdError as error:
+            raise error.at("main channel") from error
+        if not self._drop_switchover_start:
+            return data
+        # A command that has not wholly come waits, so that it is never half-way out.
+        self._held += data
+        start = self._held_from
+        for end in cuts:
+            del self._held[end - COMMAND_SIZE - start : end - start]
+            start += COMMAND_SIZE
+        self._held_from = self._parser.settled
+        count = self._held_from - start
+        passed = bytes(self._held[:count])
+        del self._held[:count]
+        return passed
+
+    def _note(self, event: Event) -> None:
+        with self._changed:
+            match event:
+                case Configuration(machine=machine):
+                    self.machine = machine
+                case CommandReceived(number=Command.OPEN_RETURN_PATH):
+                    self.return_path = True
+                case SyncPoint():
+                    self.sync_points += 1
+                case BlockList():
+                    # A source sends no page before; now the page size is known.
+                    self.blocks_known = True
+                    self._changed.notify_all()

@@ -1,0 +1,29 @@
+"""What a relay does to each migration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from multifd.codec.readers import Readers
+from multifd.effort.choice import Choice
+from multifd.net.socket import Wrap
+from multifd.net.uri import Uri
+from multifd.observe.observers import Observers
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How connections are made and packets change; `to` is None where payloads pass as they are.
+
+    `uuid` replaces the guest's, 16 bytes; `channels` is the most that a source may use.
+    """
+
+    target: Uri
+    wrap: Wrap
+    readers: Readers
+    to: Choice | None
+    uuid: bytes | None
+    channels: int | None
+    drop_switchover_start: bool
+    find_zero_pages: bool
+    observers: Observers

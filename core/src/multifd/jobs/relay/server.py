@@ -1,0 +1,176 @@
+"""Stand between a source and a destination, and re-compress each packet on its way.
+
+    with multifd.Relay("tcp:127.0.0.1:0", "unix:there.sock", to="zstd") as relay:
+        relay.serve(print, migrations=1)
+
+The main channel passes through untouched in both directions, so it is the destination that
+confirms.  Each multifd channel has a thread, which keeps the order of its packets; what is in
+the relay at any time is one packet per channel.  The main channel is connected first: a QEMU
+before 8.0 takes the first connection for it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Self
+
+from multifd.codec.readers import Readers
+from multifd.codec.settings import RESERVED
+from multifd.effort.choice import Choice
+from multifd.errors import MultifdError, UsageError
+from multifd.jobs.relay.counters import Sample, added
+from multifd.jobs.relay.migration import Migration, Relayed
+from multifd.jobs.relay.plan import Plan
+from multifd.net.deadline import DEFAULT_TIMEOUT, Silence
+from multifd.net.listener import Listener
+from multifd.net.security import connecting_wrap, listening_wrap
+from multifd.net.uri import Uri
+from multifd.observe.observers import Observers
+
+
+class Relay:
+    """Listens for sources, and serves one migration after another."""
+
+    def __init__(
+        self,
+        listen: str,
+        to_uri: str,
+        *,
+        source: str | None = None,
+        to: str | None = None,
+        uuid: bytes | None = None,
+        channels: int | None = None,
+        drop_switchover_start: bool = False,
+        find_zero_pages: bool = False,
+        listen_tls_creds: str | Path | None = None,
+        connect_tls_creds: str | Path | None = None,
+        connect_tls_hostname: str | None = None,
+        observe: Sequence[str] = (),
+        timeout: float = DEFAULT_TIMEOUT,
+    ) -> None:
+        """`listen` and `to_uri` are `tcp:HOST:PORT` or `unix:PATH`.
+
+        `source` names the compressor that reads the packets (each says its own method unless
+        given), `to` the one that writes them, `NAME[,key=value...]`, or
+        `auto[,accepts=METHOD+METHOD...]` for the best one here of the methods that the destination
+        accepts: where there is none, or both are the same, payloads pass unread.
+        `uuid` replaces the guest's, 16 bytes; `channels` is the most that a source may use.
+        `drop_switchover_start` takes out a command that destinations before 10.0 refuse;
+        `find_zero_pages` looks for zero pages that the source sent as normal ones, for destinations of 9.0
+        and newer with fresh memory; towards uadk in the first round only, since QEMU's clears no page
+        that came before.  `listen_tls_creds` and `connect_tls_creds` are directories of
+        certificates as `multifd.net.tls` wants them, for either leg, plain without; `connect_tls_hostname` is
+        what the destination's has to name where that is not `to_uri`'s host.  `timeout`, in seconds, is how
+        long nothing may move while somebody waits.  `observe` are those that look on, each `NAME[=ARG]`
+        (`multifd.observe.hooks`): at what came from the source and at what went to the destination.
+        Raises UsageError, CallerError, CompressorError, HostError.
+        """
+        target = Uri.parse(to_uri)
+        where = Uri.parse(listen)
+        for uri in (where, target):
+            if uri.scheme == "recording":
+                raise UsageError(f"{uri}: a relay stands between sockets")
+        if find_zero_pages and to is None:
+            raise UsageError(
+                "zero pages can only be looked for where payloads are read: name a compressor to write with (--to)"
+            )
+        choice = None
+        if to is not None and (to != source or to in RESERVED or find_zero_pages):
+            choice = Choice.parse(to, bytes)
+        wrap = connecting_wrap(connect_tls_creds, connect_tls_hostname, target)
+        readers = Readers.parse(source)
+        observers = Observers(observe)
+        self._plan = Plan(
+            target, wrap, readers, choice, uuid, channels, drop_switchover_start, find_zero_pages, observers
+        )
+        self._timeout = timeout
+        self._changed = threading.Condition()
+        # Guarded by the condition:
+        self._current: Migration | None = None
+        self._totals: dict[Sample, float] = {}
+        self._stopped = False
+        self._listener = Listener(where, listening_wrap(listen_tls_creds))
+        self.uri = str(self._listener.uri)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop listening; end what is under way."""
+        self.stop()
+        self._listener.close()
+
+    def stop(self) -> None:
+        """Let `serve` return; safe from any thread, and twice."""
+        with self._changed:
+            self._stopped = True
+            if self._current is not None:
+                self._current.stop()
+            self._changed.notify_all()
+        self._listener.interrupt()
+
+    def counters(self) -> dict[Sample, float]:
+        """What went through since the start, and `active`: 1 while a migration is under way."""
+        with self._changed:
+            current, now = self._current, self._totals
+            if current is not None:
+                now = added(now, current.counters())
+        return {Sample("active", ()): float(current is not None), **now}
+
+    def serve(self, on_end: Callable[[Relayed | MultifdError], None], *, migrations: int | None = None) -> None:
+        """Serve until `stop`, or so many migrations; `on_end` is told how each came out."""
+        accepting = threading.Thread(target=self._accept, name="multifd-relay-accept", daemon=True)
+        accepting.start()
+        try:
+            served = 0
+            while served != migrations and (migration := self._next()) is not None:
+                try:
+                    outcome: Relayed | MultifdError = migration.join()
+                except MultifdError as error:
+                    outcome = error
+                with self._changed:
+                    self._current = None
+                    how = "failed" if isinstance(outcome, MultifdError) else "completed"
+                    ended = {Sample("migrations", (("outcome", how),)): 1.0}
+                    self._totals = added(self._totals, migration.counters() | ended)
+                    self._changed.notify_all()
+                    stopped = self._stopped
+                if not stopped:
+                    on_end(outcome)
+                served += 1
+        finally:
+            self.stop()
+            accepting.join()
+            if self._current is not None:
+                with suppress(Exception):  # if it has any, it is on its way already
+                    self._current.join()
+
+    def _next(self) -> Migration | None:
+        """The next migration, once its first connection has come; None at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._current is not None or self._stopped)
+            return None if self._stopped else self._current
+
+    def _accept(self) -> None:
+        # One for all migrations, as each is served alone: a channel may be quiet while others move.
+        silence = Silence(self._timeout)
+        while True:
+            connection = self._listener.accept(silence)
+            if connection is None:
+                return
+            with self._changed:
+                while not self._stopped:
+                    if self._current is None:
+                        self._current = Migration(self._plan, silence)
+                        self._changed.notify_all()
+                    if self._current.take(connection):
+                        break
+                    self._changed.wait()  # one that is over is cleared away first
+                else:
+                    connection.close()

@@ -1,0 +1,71 @@
+"""What a migration did, how far it is, and what `send` and `receive` have in common about that."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from multifd.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a migration did.  `wire_bytes` are those from source to destination, all connections.
+
+    `packets` counts every multifd packet, SYNC included; `memory_bytes` is (normal + zero) x page
+    size; `seconds` run from the first connection to the confirmation.  `statistics` is what the
+    compressor counted: packets by the way they took, empty where there is but one.
+    """
+
+    seconds: float
+    normal_pages: int
+    zero_pages: int
+    wire_bytes: int
+    memory_bytes: int
+    packets: int
+    channels: int
+    compressor: str
+    statistics: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a migration is; `total_pages` is 0 while it is not known."""
+
+    seconds: float
+    pages: int
+    total_pages: int
+    memory_bytes: int
+    wire_bytes: int
+
+
+OnProgress = Callable[[Progress], None]
+
+DEFAULT_CHANNELS = 2
+MAX_CHANNELS = 255
+
+
+def check_channels(channels: int) -> None:
+    """Raises UsageError for a number that QEMU does not take."""
+    if not 1 <= channels <= MAX_CHANNELS:
+        raise UsageError(f"{channels} channels: QEMU takes 1 to {MAX_CHANNELS}")
+
+
+@contextmanager
+def every(seconds: float, action: Callable[[], None]) -> Iterator[None]:
+    """Call `action` from a thread of its own, every so often, while the body runs."""
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.wait(seconds):
+            action()
+
+    thread = threading.Thread(target=run, name="multifd-every", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()

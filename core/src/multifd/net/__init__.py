@@ -1,0 +1,1 @@
+"""Connections; the only package that knows sockets."""

@@ -1,0 +1,40 @@
+"""How long a wait may be."""
+
+from __future__ import annotations
+
+import time
+
+from multifd.net.connection import Stalled
+
+
+class Silence:
+    """How long all connections of one migration may be silent.
+
+    `timeout` counts only while the peer is due to do something (`awaited`: a SYNC that others
+    have reached, room in its buffers, its confirmation); `idle_timeout` counts always, None is
+    for ever.  Both are seconds without one byte on any connection.
+    """
+
+    def __init__(self, timeout: float, idle_timeout: float | None = None) -> None:
+        self.timeout = timeout
+        self.idle_timeout = idle_timeout
+        self.awaited = False
+        self.last = time.monotonic()
+
+    @property
+    def interval(self) -> float:
+        """How often a blocked thread has to look at `check`."""
+        return min(self.timeout, self.idle_timeout or self.timeout)
+
+    def check(self, doing: str, awaited: bool) -> None:
+        """Raises Stalled where the silence has lasted too long."""
+        silent = time.monotonic() - self.last
+        # The kernel's timer may fire a little early.
+        if awaited and silent >= self.timeout * 0.99:
+            raise Stalled(f"{doing}: nothing moved for {self.timeout:g} s (--timeout)")
+        if self.idle_timeout is not None and silent >= self.idle_timeout * 0.99:
+            raise Stalled(f"{doing}: nothing came for {self.idle_timeout:g} s (--idle-timeout)")
+
+
+#: Seconds; QEMU itself waits for ever.
+DEFAULT_TIMEOUT = 30.0

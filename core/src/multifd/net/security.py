@@ -1,0 +1,41 @@
+"""Plain or TLS, and what to say where it is plain."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from multifd.errors import UsageError
+from multifd.net.socket import SocketConnection, Wrap
+from multifd.net.uri import Uri
+
+
+def listening_wrap(tls_creds: str | Path | None) -> Wrap:
+    """What makes connections of those that come: plain, or with TLS.  Raises CallerError."""
+    if tls_creds is None:
+        return SocketConnection
+    from multifd.net import tls
+
+    return tls.server(tls_creds)
+
+
+def connecting_wrap(tls_creds: str | Path | None, hostname: str | None, uri: Uri) -> Wrap:
+    """Likewise for those that we make; the other side's name is the URI's unless given."""
+    if tls_creds is None:
+        if hostname is not None:
+            raise UsageError("a TLS host name without TLS: give the directory with its certificates, too")
+        return SocketConnection
+    from multifd.net import tls
+
+    return tls.client(tls_creds, hostname or uri.host)
+
+
+def warn_exposed(connection: SocketConnection) -> None:
+    """Guest memory on the network for everybody to read: say so."""
+    if connection.exposed():
+        host = connection.name.removeprefix("the connection from ").removeprefix("tcp:").rpartition(":")[0]
+        warnings.warn(
+            f"the guest's memory passes unencrypted between this machine and {host}: use TLS, or trust the network",
+            RuntimeWarning,
+            stacklevel=2,
+        )

@@ -1,0 +1,200 @@
+"""A connected socket: gathered writes, filled reads, silence that is noticed.
+
+One connection is read by one thread at a time and written by one thread at a time; `interrupt` may come from any
+thread.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from multifd.errors import PeerError, os_errors
+from multifd.net.connection import Ended, Lost, Stalled
+from multifd.net.deadline import Silence
+from multifd.wire.packet import Buffer
+
+#: sendmsg takes at most this many buffers (Linux's UIO_MAXIOV).
+IOV_MAX = 1024
+
+
+class SocketConnection:
+    """A connected socket.  Blocks in the kernel, which wakes it to look at the silence."""
+
+    def __init__(self, sock: socket.socket, name: str, silence: Silence) -> None:
+        self.name = name
+        self.bytes_read = 0
+        self.bytes_written = 0
+        self._socket = sock
+        self._silence = silence
+        self._tcp = sock.family != socket.AF_UNIX
+        sock.settimeout(None)
+        if self._tcp:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            # A host that vanished.  Not TCP_USER_TIMEOUT: it also ends a peer that is merely slow.
+            probe = max(1, int(silence.timeout / 4))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, probe)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, probe)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+        # Not settimeout(): that polls before each call and forgoes MSG_WAITALL.
+        seconds, fraction = divmod(silence.interval, 1)
+        interval = struct.pack("@ll", int(seconds), max(1000, int(fraction * 1e6)))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
+
+    def read_into(self, view: memoryview, *, at_least: int | None = None, due: bool = False) -> int:
+        wanted = len(view) if at_least is None else at_least
+        flags = socket.MSG_WAITALL if at_least is None else 0
+        got = 0
+        while got < wanted:
+            count = self._receive(view[got:] if got else view, flags, due or got > 0)
+            if count == 0:
+                raise Ended(f"the connection ended after {got} of {wanted} bytes", got)
+            got += count
+        return got
+
+    def read_some(self, limit: int, *, due: bool = False) -> bytes:
+        buffer = bytearray(limit)
+        data = bytes(memoryview(buffer)[: self._receive(memoryview(buffer), 0, due)])
+        if self._tcp:
+            # QEMU (10.0) sends the next small piece of its main channel when this one is acknowledged, and the kernel
+            # would wait 40 ms with that: at the switchover too, when the guest stands still.
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        return data
+
+    def _receive(self, view: memoryview, flags: int, due: bool) -> int:
+        return self._read(due, self._socket.recv_into, view, len(view), flags)
+
+    def splice_in(self, pipe: int, limit: int) -> int:
+        """Read up to `limit` bytes into a pipe, at least one; 0 at the end of the stream."""
+        return self._read(True, os.splice, self._socket.fileno(), pipe, limit)
+
+    def splice_out(self, pipe: int, count: int) -> None:
+        """Write so many bytes, which are in a pipe."""
+        while count:
+            count -= self._write(os.splice, pipe, self._socket.fileno(), count)
+
+    def _read(self, due: bool, action: Callable[..., int], *arguments: object) -> int:
+        """Bytes that came by an action of the kernel's, 0 at the end.  Raises Stalled, HostError."""
+        with os_errors(self.name):
+            while True:
+                try:
+                    count = action(*arguments)
+                except BlockingIOError:
+                    self._silence.check("waiting for data", awaited=due or self._silence.awaited)
+                    continue
+                except ConnectionError:
+                    count = 0  # a reset ends the stream as a close does; what is missing then tells
+                self.bytes_read += count
+                self._silence.last = time.monotonic()
+                return count
+
+    def _write(self, action: Callable[..., int], *arguments: object) -> int:
+        """Bytes that went by an action of the kernel's.  Raises Lost, Stalled, HostError."""
+        with os_errors(self.name):
+            while True:
+                try:
+                    count = action(*arguments)
+                except BlockingIOError:
+                    self._silence.check("the other side does not read", awaited=True)
+                    continue
+                except ConnectionError as error:
+                    raise Lost("the other side closed the connection") from error
+                self.bytes_written += count
+                self._silence.last = time.monotonic()
+                return count
+
+    def write(self, buffers: Sequence[Buffer]) -> None:
+        count = self._send(buffers[:IOV_MAX])
+        if count == sum(map(len, buffers)):
+            return
+        pending = [memoryview(buffer) for buffer in buffers]
+        while pending:
+            while pending and count >= len(pending[0]):
+                count -= len(pending.pop(0))
+            if count:
+                pending[0] = pending[0][count:]
+            if pending:
+                count = self._send(pending[:IOV_MAX])
+
+    def _send(self, buffers: Sequence[Buffer]) -> int:
+        return self._write(self._socket.sendmsg, buffers, (), socket.MSG_NOSIGNAL)
+
+    def begin(self, deadline: float) -> None:
+        """Whatever goes before the first byte, done before `deadline`; plain bytes need nothing.
+
+        Raises PeerError, HostError.
+        """
+
+    def read_first(self, view: memoryview, deadline: float) -> int:
+        self.begin(deadline)
+        got = 0
+        try:
+            while got < len(view) and (count := self._receive_by(view[got:], deadline)):
+                got += count
+        except Stalled:
+            raise PeerError(f"{self.name} sent {got} bytes and then nothing: is it a migration?") from None
+        return got
+
+    def _receive_by(self, view: memoryview, deadline: float) -> int:
+        """At least a byte before `deadline`, or 0 at the end.  Raises Stalled."""
+
+        def receive() -> int:
+            try:
+                return self._socket.recv_into(view)
+            except TimeoutError:
+                raise Stalled("nothing came in time") from None
+
+        try:
+            self._socket.settimeout(max(0.001, deadline - time.monotonic()))
+            return self._read(False, receive)
+        finally:
+            with suppress(OSError):
+                self._socket.settimeout(None)
+
+    def interrupt(self, *, reading_only: bool = False) -> None:
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RD if reading_only else socket.SHUT_RDWR)
+
+    def exposed(self) -> bool:
+        """Whether others may see what passes: it is not encrypted, and the other side is another host."""
+        if self._socket.family == socket.AF_UNIX:
+            return False
+        try:
+            ours, theirs = self._socket.getsockname()[0], self._socket.getpeername()[0]
+        except OSError:
+            return False
+        return ours != theirs and not theirs.removeprefix("::ffff:").startswith("127.")
+
+    def hung_up(self) -> bool:
+        """Whether the other side has closed, though there may be something left to read."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLRDHUP)
+        return bool(poll.poll(0))
+
+    def finish(self) -> None:
+        """Say that nothing more will be written; reading goes on."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+
+    def reset(self) -> None:
+        """Let `close` throw away what is under way, so that the other side hears of it at once.
+
+        After `interrupt` the kernel tells a writer no more that there is room: one that had filled our
+        buffers would wait for a minute.  QEMU 7.2 was seen to, its migration active with nobody there.
+        """
+        with suppress(OSError):
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+#: Makes a connection of a connected socket, its name, and the silence that it keeps to.
+Wrap = Callable[[socket.socket, str, Silence], SocketConnection]

@@ -1,0 +1,1 @@
+"""A QEMU over its monitor."""

@@ -1,0 +1,55 @@
+"""What a migration changes on a QEMU, and puts back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+from multifd.errors import MultifdError
+from multifd.net.connection import Ended, Lost
+from multifd.qemu.monitor import Monitor
+
+#: Capabilities that send memory or state another way than over multifd's packets.
+OTHER_WAYS = ("postcopy-ram", "mapped-ram", "x-colo", "background-snapshot")
+#: Compression of pages on the main channel, which QEMU refuses beside multifd or ignores.
+OTHER_COMPRESSION = ("xbzrle", "compress")
+OFF = dict.fromkeys((*OTHER_WAYS, *OTHER_COMPRESSION), False)
+
+
+class Settings:
+    """Migration capabilities and parameters of one QEMU, changed for a time."""
+
+    def __init__(self, monitor: Monitor, capabilities: Mapping[str, bool], parameters: Mapping[str, object]) -> None:
+        """Raises PeerError where QEMU does not take one; then all are as they were."""
+        self._monitor = monitor
+        now = {item["capability"]: item["state"] for item in monitor.command("query-migrate-capabilities")}
+        wanted = {name: state for name, state in capabilities.items() if now.get(name, False) != state}
+        self._capabilities = {name: now[name] for name in wanted if name in now}
+        current = monitor.command("query-migrate-parameters")
+        self._parameters = {
+            name: current[name] for name, value in parameters.items() if current.get(name, value) != value
+        }
+        try:
+            self._set(wanted, dict(parameters))
+        except BaseException:
+            self.restore()
+            raise
+
+    def _set(self, capabilities: dict[str, bool], parameters: dict[str, object]) -> None:
+        if capabilities:
+            items = [{"capability": name, "state": state} for name, state in capabilities.items()]
+            self._monitor.command("migrate-set-capabilities", capabilities=items)
+        if parameters:
+            self._monitor.command("migrate-set-parameters", **parameters)
+
+    def restore(self) -> None:
+        """Put back what was changed.  Warns of what QEMU refuses; one that has gone needs nothing."""
+        # In reverse: mapped-ram is not taken beside a compression.
+        for capabilities, parameters in (({}, self._parameters), (self._capabilities, {})):
+            try:
+                self._set(capabilities, parameters)
+            except (Ended, Lost):
+                return
+            except MultifdError as error:
+                names = ", ".join([*capabilities, *parameters])
+                warnings.warn(f"not put back as it was: {names}: {error}", RuntimeWarning, stacklevel=2)

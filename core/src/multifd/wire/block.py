@@ -1,0 +1,58 @@
+"""RAM blocks, and every check of a packet or a word against them; no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+
+from multifd.errors import PeerError
+from multifd.wire.packet import RamPacket
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A RAM block: a named piece of guest memory, `used_length` bytes long."""
+
+    idstr: str
+    used_length: int
+
+
+def check_blocks(blocks: Sequence[Block], page_size: int) -> None:
+    """Refuse a block list that no source sends.  Raises PeerError."""
+    names = set()
+    for block in blocks:
+        if block.idstr in names:
+            raise PeerError(f"RAM block {block.idstr} is listed twice")
+        names.add(block.idstr)
+        if not block.used_length or block.used_length % page_size:
+            raise PeerError(
+                f"RAM block {block.idstr} has {block.used_length} bytes, not a multiple of the page size {page_size}"
+            )
+
+
+def check_offset(block: Block, offset: int, page_size: int) -> None:
+    """One page's offset against its block.  Raises PeerError."""
+    if offset % page_size:
+        raise PeerError(f"offset {offset:#x} in {block.idstr} is not a multiple of the page size {page_size}")
+    if offset + page_size > block.used_length:
+        raise PeerError(f"offset {offset:#x} is beyond the end of {block.idstr} ({block.used_length:#x} bytes)")
+
+
+def check_packet(blocks: Mapping[str, Block], packet: RamPacket, page_size: int) -> Block:
+    """The block a packet's pages belong to, after its name and every offset were checked.
+
+    Raises PeerError for a block that is not in the list, an offset that is not aligned or
+    lies beyond the block.
+    """
+    block = blocks.get(packet.ramblock)
+    if block is None:
+        raise PeerError(
+            f"packet {packet.packet_num} is for RAM block {packet.ramblock!r}, the source listed {', '.join(blocks)}"
+        )
+    offsets = packet.normal + packet.zero
+    if reduce(or_, offsets) % page_size or max(offsets) + page_size > block.used_length:
+        for offset in offsets:
+            check_offset(block, offset, page_size)
+    return block

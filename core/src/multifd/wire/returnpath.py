@@ -1,0 +1,43 @@
+"""The return path: what a destination answers on the main channel; no I/O."""
+
+from __future__ import annotations
+
+import struct
+
+from multifd.errors import PeerError
+from multifd.wire.flags import ReturnPath
+from multifd.wire.layout import COMMAND_HEAD, U32
+
+RETURN_MESSAGE = struct.Struct(">HHI")
+
+
+def shut(code: int) -> bytes:
+    """The destination's last word on the return path: 0 is good."""
+    return RETURN_MESSAGE.pack(ReturnPath.SHUT, 4, code)
+
+
+def pong(value: int) -> bytes:
+    """The answer to a ping."""
+    return RETURN_MESSAGE.pack(ReturnPath.PONG, 4, value)
+
+
+class ReturnPathParser:
+    """Reads the return path; `shut` is the code of SHUT once it came."""
+
+    def __init__(self) -> None:
+        self.shut: int | None = None
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> None:
+        """Raises PeerError for a SHUT without its code."""
+        self._buffer += data
+        while len(self._buffer) >= COMMAND_HEAD.size:
+            kind, length = COMMAND_HEAD.unpack_from(self._buffer)
+            end = COMMAND_HEAD.size + length
+            if len(self._buffer) < end:
+                return
+            if kind == ReturnPath.SHUT:
+                if length != U32.size:
+                    raise PeerError(f"return path: SHUT with {length} bytes, not 4")
+                self.shut = U32.unpack_from(self._buffer, COMMAND_HEAD.size)[0]
+            del self._buffer[:end]
