@@ -66,11 +66,11 @@ def test_a_snapshot_goes_round(work: Path) -> None:
 
 
 def both(work: Path, theirs: dict[str, object], mine: dict[str, object], compressor: str = "none") -> tuple[str, str]:
-    """The errors of both sides."""
+    """The errors of both sides; the receiver's patience ends first."""
     images.write_pages(work / "image.raw", 3000, 4096)
-    job = peers.Receiving(work / "snap", **({"timeout": 1} | mine))  # type: ignore[arg-type]
+    job = peers.Receiving(work / "snap", timeout=3, **mine)  # type: ignore[arg-type]
     with pytest.raises(MultifdError) as sending:
-        migrate.send(open_source(work / "image.raw"), job.uri, compressor, **({"timeout": 2} | theirs))  # type: ignore[arg-type]
+        migrate.send(open_source(work / "image.raw"), job.uri, compressor, timeout=peers.TIMEOUT, **theirs)  # type: ignore[arg-type]
     with pytest.raises(MultifdError) as receiving:
         job.join()
     assert sorted(path.name for path in work.iterdir()) == ["image.raw"], "no snapshot is left"
@@ -107,16 +107,18 @@ def refused(work: Path, job: peers.Receiving, says: str, error: type[MultifdErro
 
 
 def test_a_channel_that_never_comes(work: Path) -> None:
-    job = peers.Receiving(work / "snap", timeout=0.5)
+    job = peers.Receiving(work / "snap", held=True, timeout=0.5)
     with peers.dial(job.uri) as main:
         main.sendall(streams.small().main)
+        job.go()
         refused(work, job, "0 of 2 multifd channels came.*multifd on.*0.5 s")
 
 
 def test_a_main_channel_that_never_comes(work: Path) -> None:
-    job = peers.Receiving(work / "snap", timeout=0.5)
+    job = peers.Receiving(work / "snap", held=True, timeout=0.5)
     with peers.dial(job.uri) as channel:
         channel.sendall(streams.init(0))
+        job.go()
         refused(work, job, "1 connection came, none of them a main channel, within 0.5 s")
 
 
@@ -133,9 +135,9 @@ def test_a_connection_that_says_nothing(work: Path) -> None:
 def test_a_stray_connection_is_ignored(work: Path) -> None:
     """Port scans and health checks connect and leave."""
     job = peers.Receiving(work / "snap", channels=1)
-    with pytest.warns(RuntimeWarning, match="closed without a byte: ignored"):
+    with pytest.warns(RuntimeWarning, match="closed without a byte: ignored") as warned:
         peers.dial(job.uri).close()
-        time.sleep(0.2)
+        assert peers.eventually(lambda: len(warned) > 0)
     peers.play(job.uri, [streams.small().main, *streams.small().channels], 1000)
     job.join()
 
@@ -143,16 +145,17 @@ def test_a_stray_connection_is_ignored(work: Path) -> None:
 @pytest.mark.parametrize("where", ["init", "header", "payload", "before SYNC", "main"])
 def test_a_peer_that_stalls(work: Path, where: str) -> None:
     """In the middle of something, or where others wait for it."""
-    stream = streams.small(channels=2)
-    head = streams.header_length(65536)
-    cuts = {"init": 30, "header": 64 + head + 100, "payload": 64 + 2 * head + 70000, "before SYNC": 64 + head}
+    stream = streams.small(page_size=4096, channels=2)
+    head = streams.header_length(4096)
+    cuts = {"init": 30, "header": 64 + head + 100, "payload": 64 + 2 * head + 5000, "before SYNC": 64 + head}
     cut = cuts.get(where)
-    job = peers.Receiving(work / "snap", timeout=0.5)
+    job = peers.Receiving(work / "snap", held=True, timeout=0.5)
     socks = [peers.dial(job.uri) for _ in range(3)]
     main = stream.main[: stream.main.index(b"pc.ram")] if where == "main" else stream.main
     socks[0].sendall(main)
     socks[1].sendall(stream.channels[0][:cut])
     socks[2].sendall(stream.channels[1])
+    job.go()
     refused(work, job, r"nothing moved for 0.5 s \(--timeout\)|and then nothing")
     for sock in socks:
         sock.close()
@@ -163,14 +166,16 @@ def test_a_silent_source_is_waited_for_unless_told(work: Path) -> None:
     stream = streams.small()
     start = len(streams.FILE_HEADER + streams.configuration(page_bits=16) + streams.ram_start([("pc.ram", 4 * 65536)]))
     for idle_timeout in (None, 0.3):
-        job = peers.Receiving(work / "snap", timeout=0.2, channels=1, idle_timeout=idle_timeout)
+        timeout = 2 if idle_timeout is None else 0.2
+        job = peers.Receiving(work / "snap", held=True, timeout=timeout, channels=1, idle_timeout=idle_timeout)
         main, channel = peers.dial(job.uri), peers.dial(job.uri)
         main.sendall(stream.main[:start])
         channel.sendall(stream.channels[0][: 64 + streams.header_length(65536)])
+        job.go()
         if idle_timeout:
             refused(work, job, r"nothing came for 0.3 s \(--idle-timeout\)")
         else:
-            time.sleep(1)
+            time.sleep(1.25 * timeout)  # the silence
             main.sendall(stream.main[start:])
             channel.sendall(stream.channels[0][64 + streams.header_length(65536) :])
             job.join()
@@ -182,9 +187,9 @@ def test_a_silent_source_is_waited_for_unless_told(work: Path) -> None:
 @pytest.mark.parametrize("cut", [0.0, 0.3, 0.6, 0.999])
 def test_a_source_that_dies(work: Path, cut: float) -> None:
     stream = streams.small(channels=2)
-    job = peers.Receiving(work / "snap", timeout=5)
+    job = peers.Receiving(work / "snap")
     files = [stream.main, *stream.channels]
-    peers.play(job.uri, [data[: max(4, int(len(data) * cut))] for data in files], 1000)
+    peers.play(job.uri, [data[: max(4, int(len(data) * cut))] for data in files], 1000, dies=True)
     with pytest.raises(MultifdError):
         job.join()
     assert not list(work.iterdir())

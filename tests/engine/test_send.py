@@ -103,7 +103,7 @@ def fails(
 ) -> None:
     if not (work / "image.raw").exists():
         images.write_pages(work / "image.raw", 4000, 4096)
-    options.setdefault("timeout", 1)
+    options.setdefault("timeout", peers.TIMEOUT)
     with pytest.raises(error, match=says) as caught:
         migrate.send(open_source(work / "image.raw"), there, compressor, **options)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
@@ -125,7 +125,7 @@ def test_a_destination_that_says_no(work: Path, answer: bytes, says: str) -> Non
 
 def test_a_destination_that_never_confirms(work: Path) -> None:
     there = peers.Keeping(2, b"")
-    fails(work, there.uri, r"nothing moved for 1 s \(--timeout\)", PeerError)
+    fails(work, there.uri, r"nothing moved for 1 s \(--timeout\)", PeerError, timeout=1)
     there.join()
 
 
@@ -156,7 +156,7 @@ class Deaf:
 def test_a_destination_that_does_not_read(work: Path) -> None:
     images.write_pages(work / "image.raw", 8000, 4096)
     there = Deaf(3, close=False)
-    fails(work, there.uri, r"channel \d: the other side does not read: nothing moved for 1 s", PeerError)
+    fails(work, there.uri, r"channel \d: the other side does not read: nothing moved for 1 s", PeerError, timeout=1)
     there.job.join()
     there.end()
 
@@ -204,7 +204,7 @@ def test_a_source_that_shrinks_while_it_is_sent(work: Path) -> None:
 
     job = threading.Thread(target=shrink)
     job.start()
-    fails(work, there.uri, r"image.raw shrank to \d+ bytes while it was read; it had 32768000", HostError, timeout=20)
+    fails(work, there.uri, r"image.raw shrank to \d+ bytes while it was read; it had 32768000", HostError)
     job.join()
 
 
@@ -262,7 +262,6 @@ def test_a_payload_no_receiver_takes_is_not_sent(work: Path, monkeypatch: pytest
         r"channel \d: huge made 1048577 bytes of \d+ bytes of pages",
         CompressorError,
         "huge",
-        timeout=9,
     )
     there.join()
 

@@ -182,7 +182,8 @@ def test_a_busy_instance_is_waited_for_without_asking_again_and_again() -> None:
     waiters = [threading.Thread(target=lambda: done.append(jobs.instances.run(jobs.ask, wait=True))) for _ in range(2)]
     for waiter in waiters:
         waiter.start()
-    time.sleep(0.3)
+    assert peers.eventually(lambda: jobs.asked == 2)
+    time.sleep(0.3)  # in which another would ask again
     assert (done, jobs.asked) == ([], 2), "each asked once, and waits"
     jobs.holding.clear()
     jobs.release.set()

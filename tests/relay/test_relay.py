@@ -193,9 +193,9 @@ def test_a_source_that_dies(work: Path, cut: int) -> None:
     stream = streams.small("zlib", channels=2)
     files = [stream.main, *stream.channels]
     files[cut] = files[cut][: len(files[cut]) // 2]
-    there = peers.Receiving(work / "snap", channels=2, timeout=3)
+    there = peers.Receiving(work / "snap", channels=2)
     with closing(Relaying(there.uri, to="zstd")) as relaying:
-        peers.play(relaying.uri, files, 65536)
+        peers.play(relaying.uri, files, 65536, dies=True)
         with pytest.raises(PeerError):
             there.join()
         relaying.error()

@@ -30,8 +30,13 @@ def dial(uri: str) -> socket.socket:
     return sock
 
 
-def play(uri: str, streams: Sequence[bytes], piece: int, order: Sequence[int] | None = None) -> bytes:
-    """Be a source: one connection per stream, in this order, in pieces; what main was answered."""
+def play(
+    uri: str, streams: Sequence[bytes], piece: int, order: Sequence[int] | None = None, *, dies: bool = False
+) -> bytes:
+    """Be a source: one connection per stream, in this order, in pieces; what main was answered.
+
+    One that `dies` ends its side of all connections, where another waits for the answer.
+    """
     order = range(len(streams)) if order is None else order
     socks = {}
     for number in order:
@@ -50,6 +55,10 @@ def play(uri: str, streams: Sequence[bytes], piece: int, order: Sequence[int] | 
     for thread in threads:
         thread.join()
     answer = b""
+    if dies:
+        for sock in socks.values():
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_WR)
     with suppress(ConnectionError):
         while data := socks[0].recv(4096):
             answer += data
@@ -59,12 +68,18 @@ def play(uri: str, streams: Sequence[bytes], piece: int, order: Sequence[int] | 
 
 
 class Receiving:
-    """`migrate.receive` in a thread, on a socket of its own; `uri` is where it listens."""
+    """`migrate.receive` in a thread, on a socket of its own; `uri` is where it listens.
 
-    def __init__(self, output: Path, uri: str = "tcp:127.0.0.1:0", **options: Any) -> None:
+    Where `held`, it takes no connection before `go`: what was sent by then is there when its clocks start.
+    """
+
+    def __init__(self, output: Path, uri: str = "tcp:127.0.0.1:0", *, held: bool = False, **options: Any) -> None:
         self.result: migrate.Result | None = None
         self.error: MultifdError | None = None
         self._listening = threading.Event()
+        self._going = threading.Event()
+        if not held:
+            self.go()
         self.uri = ""
         options.setdefault("timeout", TIMEOUT)
         self._thread = threading.Thread(target=self._run, args=(uri, output), kwargs=options)
@@ -75,6 +90,7 @@ class Receiving:
         def listening(where: str) -> None:
             self.uri = where
             self._listening.set()
+            assert self._going.wait(TIMEOUT), "nobody let it go"
 
         try:
             self.result = migrate.receive(uri, output, on_listening=listening, **options)
@@ -82,6 +98,10 @@ class Receiving:
             self.error = error
         finally:
             self._listening.set()
+
+    def go(self) -> None:
+        """Take connections."""
+        self._going.set()
 
     def join(self) -> migrate.Result:
         """Its result; raises its error."""
@@ -210,7 +230,8 @@ def _described(data: bytearray) -> bool:
         return False
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 10) -> bool:
+def eventually(condition: Callable[[], bool], seconds: float = TIMEOUT) -> bool:
+    """Whether it comes true, looked at again and again; so many seconds are for a machine that is busy."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if condition():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,14 +48,17 @@ def monitor(work: Path, answer: Answer) -> Iterator[str]:
 
 
 def test_a_late_answer_is_not_that_of_the_next_command(work: Path) -> None:
+    given_up = threading.Event()
+
     def answer(name: str, _: dict[str, Any]) -> dict[str, Any]:
         if name == "late":
-            time.sleep(0.5)
+            given_up.wait(peers.TIMEOUT)
         return {"return": name}
 
-    with monitor(work, answer) as where, qmp.Monitor(where, timeout=0.3) as client:
+    with monitor(work, answer) as where, qmp.Monitor(where, timeout=2) as client:
         with pytest.raises(PeerError, match="nothing moved"):
             client.command("late")
+        given_up.set()
         assert client.command("next") == "next"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import socket
+import statistics
 import threading
 import time
 from contextlib import closing
@@ -32,10 +33,12 @@ def test_a_writer_hears_of_a_reset_at_once() -> None:
     while connection.read_some(1 << 20):
         pass
     connection.reset()
-    threading.Timer(0.1, connection.close).start()
-    sock.settimeout(5)
+    closing_later = threading.Timer(0.1, connection.close)
+    closing_later.start()
+    sock.settimeout(peers.TIMEOUT)
     with pytest.raises(ConnectionError):
         sock.sendall(bytes(1 << 20))
+    closing_later.join()
     sock.close()
     listener.close()
 
@@ -53,8 +56,9 @@ def test_a_listener_without_descriptors_waits_for_one(work: Path, then: str) -> 
         try:
             with pytest.warns(RuntimeWarning, match="here cannot .* Too many open files: raise `ulimit -n`") as warned:
                 thread.start()
+                assert peers.eventually(lambda: len(warned) > 0)
                 thread.join(3 * ACCEPT_AGAIN)
-            assert len(warned) == 1
+            assert len(warned) == 1, "once, however often it tries"
             assert taken == []
             if then == "interrupt":
                 listener.interrupt()
@@ -86,8 +90,9 @@ def test_small_pieces_are_acknowledged_at_once() -> None:
         sender.connect((listener.uri.host, listener.uri.port))
         reader = listener.accept(silence)
         assert reader is not None
-        started = time.monotonic()
+        taken = []
         for _ in range(pieces):
+            started = time.monotonic()
             reader.write([b"answer"])  # after that the kernel waits longest
             sender.recv(16)
             sender.sendall(b"x")
@@ -95,5 +100,6 @@ def test_small_pieces_are_acknowledged_at_once() -> None:
             got = 0
             while got < 2:
                 got += len(reader.read_some(16))
+            taken.append(time.monotonic() - started)
         reader.close()
-        assert time.monotonic() - started < pieces * 0.04 / 3
+        assert statistics.median(taken) < 0.04 / 3
