@@ -2,58 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 
+pytest.register_assert_rewrite("captures", "commands", "peers", "qemus", "relaying", "streams")
+
 import standin as standin_module
+from captures import OWN_CAPTURES, Capture, load_captures
+from certificates import Authority
 from multifd.testing.harness import descriptors
+from qemus import MIB, Qemu, Start, binary, qemus
+from sites import Site
 
 T = TypeVar("T")
-
-OWN_CAPTURES = Path(__file__).with_name("captures")
-SHARED_CAPTURES = Path(__file__).parents[2] / "shared" / "captures"
-READABLE = ("none", "zlib", "zstd", "qatzip", "qpl", "uadk")
-
-
-@dataclass(frozen=True)
-class Capture:
-    """One recorded migration of a real QEMU and what its manifest says of it."""
-
-    name: str
-    directory: Path
-    facts: dict[str, Any]
-
-    def files(self) -> list[bytes]:
-        """main, channel 0, channel 1, ...: unpacked."""
-        from streams import other_zstd
-
-        zstd = other_zstd()
-        paths = [self.directory / "main.bin.zst"]
-        paths += [self.directory / f"ch{number}.bin.zst" for number in range(self.facts["channels"])]
-        return [zstd.decompress(path.read_bytes()) for path in paths]
-
-
-def load_captures(folder: Path) -> dict[str, Capture]:
-    manifest = folder / "manifest.json"
-    if not manifest.exists():
-        return {}
-    entries = json.loads(manifest.read_text())["captures"]
-    return {
-        entry["name"]: Capture(entry["name"], folder / entry["name"], entry)
-        for entry in entries
-        if entry["compression"] in READABLE
-    }
-
-
-CAPTURES = {**load_captures(SHARED_CAPTURES), **load_captures(OWN_CAPTURES)}
 
 
 @pytest.fixture
@@ -111,6 +78,34 @@ def page_device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     """A device of either method that sends a list of pages; a stand-in."""
     folder = tmp_path_factory.mktemp(request.param)
     return _or_skip(lambda: standin_module.make_page_device(request.param, folder))
+
+
+@pytest.fixture
+def authority() -> Authority:
+    return Authority()
+
+
+@pytest.fixture
+def creds(authority: Authority, work: Path) -> Path:
+    return authority.directory(work / "pki")
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+@pytest.fixture
+def start(work: Path) -> Iterator[Start]:
+    """Start a QEMU; skips where it cannot be had."""
+    with qemus() as running:
+
+        def begin(release: str, name: str, **options: object) -> Qemu:
+            _or_skip(lambda: binary(release))
+            running.append(Qemu(release, work, name, **{"mib": MIB} | options))  # type: ignore[arg-type]
+            return running[-1]
+
+        yield begin
 
 
 def _or_skip(make: Callable[[], T]) -> T:

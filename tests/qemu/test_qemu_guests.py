@@ -1,0 +1,121 @@
+"""Linux guests that run, and go on elsewhere without missing a beat."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+import guest
+import peers
+from multifd import migrate
+from multifd.inspect import inspect
+from multifd.snapshot import open_source
+from qemus import Qemu, Start
+from relaying import Relaying, closing
+from standin import Missing
+
+
+class Guest:
+    """A Linux guest that runs in a QEMU 10.0, and moves to others."""
+
+    def __init__(self, start: Start, work: Path) -> None:
+        self._start = start
+        self._work = work
+        self.serials: list[Path] = []
+        self.qemu = self.new("first", incoming=False)
+        self.qemu.monitor.command("cont")
+        self.beats(3)
+
+    def new(self, name: str, *, incoming: bool = True) -> Qemu:
+        serial = self._work / f"{name}.serial"
+        try:
+            more = guest.options(self._work, serial)
+        except Missing as missing:
+            pytest.skip(str(missing))
+        self.serials.append(serial)
+        return self._start("10.0", name, incoming=incoming, mib=128, more=more)
+
+    def beats(self, count: int) -> None:
+        """So many more beats, none missing since the first."""
+        before = len(guest.beats(*self.serials))
+        assert peers.eventually(lambda: len(guest.beats(*self.serials)) >= before + count, 60), self.serials[
+            -1
+        ].read_text()
+        found = guest.beats(*self.serials)
+        assert found == list(range(1, len(found) + 1)), "a beat is missing"
+
+
+@pytest.mark.timeout(300)
+def test_a_running_guest_is_captured_and_restored(start: Start, work: Path) -> None:
+    linux = Guest(start, work)
+    linux.qemu.monitor.close()
+    result = migrate.receive(f"unix:{work}/here", work / "snap", "zstd", qmp=str(work / "first.qmp"), timeout=60)
+    assert result.normal_pages > 5000
+    target = linux.new("second")
+    target.monitor.close()
+    migrate.send(
+        open_source(work / "snap"), f"unix:{work}/there", "zlib", channels=4, qmp=str(work / "second.qmp"), timeout=60
+    )
+    target.reconnect()
+    target.monitor.command("cont")
+    linux.beats(3)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("relays", [1, 2])
+def test_a_running_guest_moves_through_relays(start: Start, work: Path, relays: int) -> None:
+    """With one: none to zlib.  With two: none to zstd to none, for QEMUs that have no compression."""
+    linux = Guest(start, work)
+    source, target = linux.qemu, linux.new("second")
+    source.prepare(return_path=True, max_bandwidth=1 << 30)
+    target.prepare(method="zlib" if relays == 1 else "none")
+    target.monitor.command("migrate-incoming", uri=f"unix:{work}/incoming")
+    with ExitStack() as stack:
+        uri = f"unix:{work}/incoming"
+        relaying = []
+        for to in ["zlib"] if relays == 1 else ["none", "zstd"]:
+            relaying.append(stack.enter_context(closing(Relaying(uri, to=to))))
+            uri = relaying[-1].uri
+        source.monitor.command("migrate", uri=uri)
+        source.wait("completed")
+        target.wait("completed")
+        for one in relaying:
+            assert one.result().confirmed
+    target.monitor.command("cont")
+    linux.beats(3)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("way", ["snapshot", "relay"])
+def test_a_guest_that_dirties_memory_faster_than_the_link(start: Start, work: Path, way: str) -> None:
+    """Round after round pages come again, and the last one counts."""
+    linux = Guest(start, work)
+    source, target = linux.qemu, linux.new("second")
+    source.prepare(method="zlib", return_path=True, max_bandwidth=10_000_000, downtime_limit=1)
+    with ExitStack() as stack:
+        if way == "snapshot":
+            there = peers.Receiving(work / "snap")
+        else:
+            target.prepare(method="zstd")
+            relaying = stack.enter_context(closing(Relaying(target.listen(f"unix:{work}/incoming"), to="zstd")))
+        source.monitor.command("migrate", uri=there.uri if way == "snapshot" else relaying.uri)
+        assert peers.eventually(
+            lambda: source.monitor.command("query-migrate").get("ram", {}).get("dirty-sync-count", 0) > 4, 90
+        )
+        assert source.status() == "active"
+        source.monitor.command("migrate-set-parameters", max_bandwidth=1 << 30, downtime_limit=2000)
+        if way == "snapshot":
+            there.join()
+            assert inspect(work / "snap")["rounds"] > 3
+        source.wait("completed")
+        if way == "relay":
+            target.wait("completed")
+            assert relaying.result().confirmed
+    if way == "snapshot":
+        target.monitor.close()
+        migrate.send(open_source(work / "snap"), f"unix:{work}/there", "zstd", qmp=str(work / "second.qmp"), timeout=60)
+        target.reconnect()
+    target.monitor.command("cont")
+    linux.beats(3)

@@ -1,0 +1,105 @@
+"""Connections on real sockets, where no migration is needed to see what they do."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import statistics
+import threading
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+import peers
+from multifd.errors import CallerError, HostError
+from multifd.transport import ACCEPT_AGAIN, Listener, Silence, SocketConnection, Uri, connect
+
+
+def test_a_writer_hears_of_a_reset_at_once() -> None:
+    """It had filled our buffers, they were drained after the end: nothing else would tell it."""
+    silence = Silence(peers.TIMEOUT)
+    listener = Listener(Uri.parse("tcp:127.0.0.1:0"))
+    sock = peers.dial(str(listener.uri))
+    connection = listener.accept(silence)
+    assert connection is not None
+    sock.settimeout(0.3)
+    with pytest.raises(TimeoutError):
+        while True:
+            sock.send(bytes(1 << 20))
+    connection.interrupt()
+    while connection.read_some(1 << 20):
+        pass
+    connection.reset()
+    closing_later = threading.Timer(0.1, connection.close)
+    closing_later.start()
+    sock.settimeout(peers.TIMEOUT)
+    with pytest.raises(ConnectionError):
+        sock.sendall(bytes(1 << 20))
+    closing_later.join()
+    sock.close()
+    listener.close()
+
+
+@pytest.mark.parametrize("then", ["room", "interrupt"])
+def test_a_listener_without_descriptors_waits_for_one(work: Path, then: str) -> None:
+    listener = Listener(Uri.parse(f"unix:{work}/here"))
+    taken: list[SocketConnection | None] = []
+    thread = threading.Thread(target=lambda: taken.append(listener.accept(Silence(peers.TIMEOUT))))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with peers.dial(str(listener.uri)) as sock:
+        first_free = os.dup(sock.fileno())
+        os.close(first_free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (first_free, limits[1]))
+        try:
+            with pytest.warns(RuntimeWarning, match="here cannot .* Too many open files: raise `ulimit -n`") as warned:
+                thread.start()
+                assert peers.eventually(lambda: len(warned) > 0)
+                thread.join(3 * ACCEPT_AGAIN)
+            assert len(warned) == 1, "once, however often it tries"
+            assert taken == []
+            if then == "interrupt":
+                listener.interrupt()
+                thread.join(peers.TIMEOUT)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        thread.join(peers.TIMEOUT)
+        (connection,) = taken
+        assert (connection is None) == (then == "interrupt")
+        if connection is not None:
+            connection.close()
+    listener.close()
+
+
+def test_a_path_that_is_too_long_is_said_to_be() -> None:
+    uri = Uri.parse(f"unix:/{'x' * 108}")
+    with pytest.raises(HostError, match="x: AF_UNIX path too long"):
+        connect(uri, Silence(peers.TIMEOUT))
+    with pytest.raises(CallerError, match="x: AF_UNIX path too long"):
+        Listener(uri)
+
+
+def test_small_pieces_are_acknowledged_at_once() -> None:
+    """A sender that waits for that, as QEMU's main channel does, would lose 40 ms with each."""
+    silence = Silence(peers.TIMEOUT)
+    pieces = 60
+    with closing(Listener(Uri.parse("tcp:127.0.0.1:0"))) as listener, socket.socket() as sender:
+        sender.settimeout(peers.TIMEOUT)
+        sender.connect((listener.uri.host, listener.uri.port))
+        reader = listener.accept(silence)
+        assert reader is not None
+        taken = []
+        for _ in range(pieces):
+            started = time.monotonic()
+            reader.write([b"answer"])  # after that the kernel waits longest
+            sender.recv(16)
+            sender.sendall(b"x")
+            sender.sendall(b"y")
+            got = 0
+            while got < 2:
+                got += len(reader.read_some(16))
+            taken.append(time.monotonic() - started)
+        reader.close()
+        assert statistics.median(taken) < 0.04 / 3
