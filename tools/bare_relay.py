@@ -15,9 +15,11 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 
-from multifd.flags import COMPRESSION_SHIFT, DEFAULT_PAGE_SIZE, PACKET_SIZE
-from multifd.plugins import Compressor, Settings, Spec, select
-from multifd.wire import INIT, RAM, Buffer, header_length
+from multifd.codec.compressor import Compressor
+from multifd.codec.selection import select
+from multifd.codec.settings import Settings, Spec
+from multifd.wire.flags import COMPRESSION_SHIFT, DEFAULT_PAGE_SIZE, PACKET_SIZE
+from multifd.wire.packet import INIT, RAM, Buffer, header_length
 
 CHANNELS = 2
 

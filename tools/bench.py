@@ -24,12 +24,16 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from measure import MULTIFD, make_image, same, transfer
-from multifd.bench import Codec, Spent
-from multifd.flags import PACKET_SIZE
-from multifd.observers import OUT, Observers
-from multifd.plugins import Spec, select
-from multifd.ram import packet_buffer, without, zero_indexes
-from multifd.wire import InitPacket, RamPacket
+from multifd.codec.selection import select
+from multifd.codec.settings import Spec
+from multifd.jobs.bench.measure import Codec, Spent
+from multifd.memory.buffer import packet_buffer
+from multifd.memory.runs import runs as joined
+from multifd.memory.zeropages import part
+from multifd.observe.hooks import OUT
+from multifd.observe.observers import Observers
+from multifd.wire.flags import PACKET_SIZE
+from multifd.wire.packet import InitPacket, RamPacket
 
 PAGE = 4096
 CHANNELS = 2
@@ -47,10 +51,10 @@ def plan(image: Path) -> list[Packet]:
     buffer = memoryview(packet_buffer())
     with open(image, "rb", 0) as file:
         for offset in range(0, image.stat().st_size, PACKET_SIZE):
-            count = file.readinto(buffer) // PAGE
-            left = without(zero_indexes(buffer[: count * PAGE], PAGE), count)
-            if left:
-                packets.append([(offset + first * PAGE, (end - first) * PAGE) for first, end in left])
+            length = file.readinto(buffer)
+            _, normal, _ = part(buffer[:length], PAGE, range(offset, offset + length, PAGE))
+            if normal:
+                packets.append(joined(normal, PAGE))
     return packets
 
 
@@ -247,18 +251,18 @@ def hooks_line(report: Report, image: Path, output: Path, packets: Sequence[Pack
 
     def send() -> None:
         for pages in views:
-            watch.lap("wait")
-            payload = compressor.hook.multifd_send_prepare(channel=channel, pages=pages)
-            watch.lap("encode")
-            watch.lap("write")
+            watch.clock.lap("wait")
+            payload = compressor.call("multifd_send_prepare", channel=channel, pages=pages)
+            watch.clock.lap("encode")
+            watch.clock.lap("write")
             watch.packet(EMPTY, header, payload)
 
     def receive() -> None:
         for pages in views:
-            watch.lap("wait")
+            watch.clock.lap("wait")
             channel.next_packet_size = len(pages[0])
-            compressor.hook.multifd_recv(channel=channel, pages=pages[0])
-            watch.lap("decode")
+            compressor.call("multifd_recv", doing="packet 0", channel=channel, pages=pages[0])
+            watch.clock.lap("decode")
             watch.packet(EMPTY, header)
 
     shares = []

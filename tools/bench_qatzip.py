@@ -24,7 +24,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
 
 from bench import PAGE, Report, plan
 from measure import make_image
-from multifd.wire import Buffer
+from multifd.wire.packet import Buffer
 from pairs import Pair
 from qatdriver import Proxy, Raw
 from standin import Missing, get_libqatzip, make_standin

@@ -28,7 +28,8 @@ import zstandard
 import multifd_zlib
 import multifd_zstd
 from bench import PAGE, plan
-from multifd.plugins import Spec, select
+from multifd.codec.selection import select
+from multifd.codec.settings import Spec
 
 CHANNELS = 2
 #: Packets that a rival gets in one go.

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import images
+import multifd
 import peers
-from multifd import migrate
-from multifd.snapshot import open_source
+from multifd import open_snapshot
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def test_memory_arrives_whole_over_a_slow_link(work: Path, how: str) -> None:
     there = peers.Receiving(work / "snap", channels=2)
     link = peers.SlowLink(there.uri, 8 << 20)
     try:
-        sent = migrate.send(open_source(work / "image.raw"), link.uri, how)
+        sent = multifd.send(open_snapshot(work / "image.raw"), link.uri, how)
         there.join()
     finally:
         link.close()

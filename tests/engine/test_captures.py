@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
+import multifd
 import peers
 import streams
 from captures import CAPTURES, OWN_CAPTURES, SHARED_CAPTURES, Capture, check, load_captures
-from multifd import migrate
 from multifd.errors import MultifdError
-from multifd.inspect import inspect
 
 every_capture = pytest.mark.parametrize("capture", CAPTURES.values(), ids=CAPTURES.keys())
 
@@ -27,7 +26,7 @@ def test_all_captures_are_here() -> None:
 
 @every_capture
 def test_from_files(work: Path, capture: Capture) -> None:
-    result = migrate.receive(f"recording:{capture.directory}", work / "snap")
+    result = multifd.receive(f"recording:{capture.directory}", work / "snap")
     check(work / "snap", capture)
     facts = capture.facts
     packets = facts["packets"]
@@ -71,7 +70,7 @@ def test_one_byte_by_byte(work: Path, own_capture: dict[str, Capture]) -> None:
 
 @every_capture
 def test_inspect_says_what_the_manifest_says(capture: Capture) -> None:
-    found = inspect(capture.directory)
+    found = multifd.inspect(capture.directory)
     facts = capture.facts
     packets = facts["packets"]
     assert found["ended"] == "complete"
@@ -125,7 +124,7 @@ def test_a_real_stream_cut_at_a_field_is_refused(work: Path, own_capture: dict[s
         if file == "ch0.bin" and cut > last_sync + streams.header_length(4096) - 1:
             continue
         with pytest.raises(MultifdError) as caught:
-            migrate.receive(f"recording:{recording}", work / "snap", digests=False)
+            multifd.receive(f"recording:{recording}", work / "snap", digests=False)
         assert "\n" not in str(caught.value)
         assert [path.name for path in work.iterdir()] == ["recording"]
         (recording / file).write_bytes(whole)

@@ -162,7 +162,7 @@ def test_ctrl_c_ends_cleanly_at_once(work: Path, number: signal.Signals, code: i
 def test_the_timer_behind_ctrl_c_does_not_kill() -> None:
     """Seen: the process ended by SIGALRM while Python shut down."""
     code = (
-        "import sys\nfrom multifd import cli\ncli.WAKE_SECONDS = 0.0005\n"
+        "import sys\nfrom multifd.cli import main as cli\ncli.WAKE_SECONDS = 0.0005\n"
         f"sys.exit(cli.main(['inspect', {str(OWN_CAPTURES / 'q72-none-2ch')!r}]))"
     )
     for _ in range(5):

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 import images
+import multifd
 import peers
 import streams
-from multifd import migrate
+from multifd import open_snapshot
 from multifd.errors import CallerError, MultifdError, PeerError
-from multifd.snapshot import open_source
+from multifd.jobs.report import Progress
 
 
 def memory(snapshot: Path) -> list[bytes]:
@@ -40,7 +41,9 @@ def test_what_arrives_is_what_was_sent(work: Path, compressor: str, zero_pages: 
     content = images.write_pages(work / "image.raw", 3000, 4096)
     uri = {"unix": f"unix:{work}/socket", "tcp6": tcp6()}.get(uri, uri)
     job = peers.Receiving(work / "snap", uri, channels=channels, compressor=compressor)
-    sent = migrate.send(open_source(work / "image.raw"), job.uri, compressor, channels=channels, zero_pages=zero_pages)
+    sent = multifd.send(
+        open_snapshot(work / "image.raw"), job.uri, compressor, channels=channels, zero_pages=zero_pages
+    )
     received = job.join()
     assert memory(work / "snap") == [content]
     assert sent.compressor == received.compressor == compressor
@@ -52,9 +55,9 @@ def test_what_arrives_is_what_was_sent(work: Path, compressor: str, zero_pages: 
 def test_a_snapshot_goes_round(work: Path) -> None:
     """From a recording to a snapshot, over a socket to another, with other settings: nothing changes."""
     streams.small("zlib", page_size=16384).write(work / "recording")
-    migrate.receive(f"recording:{work / 'recording'}", work / "first")
+    multifd.receive(f"recording:{work / 'recording'}", work / "first")
     job = peers.Receiving(work / "second", channels=5)
-    migrate.send(open_source(work / "first"), job.uri, "zstd,level=7", channels=5)
+    multifd.send(open_snapshot(work / "first"), job.uri, "zstd,level=7", channels=5)
     job.join()
     first, second = (json.loads((work / name / "snapshot.json").read_text()) for name in ("first", "second"))
     for index in (first, second):
@@ -70,7 +73,7 @@ def both(work: Path, theirs: dict[str, object], mine: dict[str, object], compres
     images.write_pages(work / "image.raw", 3000, 4096)
     job = peers.Receiving(work / "snap", timeout=3, **mine)  # type: ignore[arg-type]
     with pytest.raises(MultifdError) as sending:
-        migrate.send(open_source(work / "image.raw"), job.uri, compressor, timeout=peers.TIMEOUT, **theirs)  # type: ignore[arg-type]
+        multifd.send(open_snapshot(work / "image.raw"), job.uri, compressor, timeout=peers.TIMEOUT, **theirs)  # type: ignore[arg-type]
     with pytest.raises(MultifdError) as receiving:
         job.join()
     assert sorted(path.name for path in work.iterdir()) == ["image.raw"], "no snapshot is left"
@@ -222,19 +225,19 @@ def test_the_return_path_says_how_it_ended(work: Path) -> None:
 def test_an_output_that_exists_is_refused_before_listening(work: Path) -> None:
     (work / "snap").write_text("mine")
     with pytest.raises(CallerError, match="exists already"):
-        migrate.receive("tcp:127.0.0.1:0", work / "snap")
+        multifd.receive("tcp:127.0.0.1:0", work / "snap")
 
 
 def test_addresses_that_cannot_be_taken(work: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         with pytest.raises(CallerError, match=rf"cannot listen on tcp:127.0.0.1:{port}: Address already in use"):
-            migrate.receive(f"tcp:127.0.0.1:{port}", work / "snap")
+            multifd.receive(f"tcp:127.0.0.1:{port}", work / "snap")
     with pytest.raises(CallerError, match="cannot listen on unix:/nowhere/x: No such file"):
-        migrate.receive("unix:/nowhere/x", work / "snap")
+        multifd.receive("unix:/nowhere/x", work / "snap")
     (work / "file").write_text("mine")
     with pytest.raises(CallerError, match="Address already in use"):
-        migrate.receive(f"unix:{work}/file", work / "snap")
+        multifd.receive(f"unix:{work}/file", work / "snap")
     assert (work / "file").read_text() == "mine"
 
 
@@ -255,7 +258,7 @@ def test_a_disk_that_fills_while_receiving(tmp_path: Path, work: Path) -> None:
         images.write_pages(work / "image.raw", 3000, 4096)
         job = peers.Receiving(tmp_path / "snap")
         with pytest.raises(PeerError, match="its own message|own message says why"):
-            migrate.send(open_source(work / "image.raw"), job.uri)
+            multifd.send(open_snapshot(work / "image.raw"), job.uri)
         with pytest.raises(MultifdError, match="the disk is full: free some space or choose another directory"):
             job.join()
         assert not list(tmp_path.iterdir())
@@ -265,9 +268,9 @@ def test_a_disk_that_fills_while_receiving(tmp_path: Path, work: Path) -> None:
 
 def test_progress_is_told(work: Path) -> None:
     images.write_pages(work / "image.raw", 60_000, 4096)
-    seen: list[migrate.Progress] = []
+    seen: list[Progress] = []
     job = peers.Receiving(work / "snap", on_progress=seen.append)
-    migrate.send(open_source(work / "image.raw"), job.uri, "zlib,level=9")
+    multifd.send(open_snapshot(work / "image.raw"), job.uri, "zlib,level=9")
     job.join()
     assert seen
     assert all(progress.pages <= progress.total_pages == 60_000 for progress in seen if progress.total_pages)

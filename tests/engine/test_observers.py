@@ -15,16 +15,21 @@ from typing import Any
 import pytest
 
 import images
+import multifd
 import peers
 import streams
 from captures import Capture
 from commands import fails, run
-from multifd import hookspecs, migrate, observers, plugins
-from multifd.errors import CallerError, HostError, PeerError, UsageError
-from multifd.inspect import inspect
-from multifd.observers import BACK, IN, OUT, ObservedChannel, Observers, Times
-from multifd.snapshot import open_source
-from multifd.wire import INIT, InitPacket, RamPacket, header_length
+from multifd import hookspecs, open_snapshot
+from multifd.codec import discovery
+from multifd.codec.discovery import Provider
+from multifd.errors import CallerError, HostError, PeerError, UsageError, describe
+from multifd.jobs.report import Result
+from multifd.observe import hooks
+from multifd.observe.hooks import BACK, IN, OUT, ObservedChannel, Times
+from multifd.observe.observers import Observers
+from multifd.observe.watch import Watch
+from multifd.wire.packet import INIT, InitPacket, RamPacket, header_length
 from relaying import Relaying, closing
 
 PAGE = 4096
@@ -34,17 +39,17 @@ Install = Callable[..., None]
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Install:
     """Make these names observers, beside those installed."""
-    installed = plugins._entry_points
+    installed = discovery._entry_points
 
-    def entry_points(group: str) -> tuple[plugins.Provider, ...]:
+    def entry_points(group: str) -> tuple[Provider, ...]:
         return (*installed(group), *(added if group == hookspecs.OBSERVER_GROUP else ()))
 
-    added: list[plugins.Provider] = []
-    monkeypatch.setattr(plugins, "_entry_points", entry_points)
+    added: list[Provider] = []
+    monkeypatch.setattr(discovery, "_entry_points", entry_points)
 
     def add(**factories: Callable[[str], object]) -> None:
         for name, factory in factories.items():
-            added.append(plugins.Provider(name, lambda factory=factory: factory, path="test"))  # type: ignore[misc]
+            added.append(Provider(name, lambda factory=factory: factory, path="test"))  # type: ignore[misc]
 
     return add
 
@@ -53,11 +58,13 @@ def recorded(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def through_a_relay(work: Path, method: str, to: str | None, **observe: Sequence[str]) -> migrate.Result:
+def through_a_relay(work: Path, method: str, to: str | None, **observe: Sequence[str]) -> Result:
     """Image to snapshot; `observe` for sending, relaying and receiving."""
     there = peers.Receiving(work / "snap", observe=observe.get("receiving", ()))
     with closing(Relaying(there.uri, to=to, observe=observe.get("relaying", ()))) as relaying:
-        result = migrate.send(open_source(work / "image.raw"), relaying.uri, method, observe=observe.get("sending", ()))
+        result = multifd.send(
+            open_snapshot(work / "image.raw"), relaying.uri, method, observe=observe.get("sending", ())
+        )
         there.join()
         relaying.result()
     return result
@@ -80,9 +87,9 @@ def test_record_has_every_byte_of_every_side(work: Path, to: str | None) -> None
     assert sum(map(len, recorded(work / "sent").values())) == sent.wire_bytes
     assert sorted(recorded(work / "sent")) == ["ch0.bin", "ch1.bin", "main.bin"]
     for folder, method in ((work / "sent", "zlib"), (work / "received", to or "zlib")):
-        found = inspect(folder)
+        found = multifd.inspect(folder)
         assert (found["method"], found["ended"], found["packets"]) == (method, "complete", sent.packets)
-        migrate.receive(f"recording:{folder}", work / f"from-{folder.name}")
+        multifd.receive(f"recording:{folder}", work / f"from-{folder.name}")
         assert (work / f"from-{folder.name}" / "0-pc.ram.raw").read_bytes() == content
 
 
@@ -91,7 +98,7 @@ def test_what_a_real_qemu_sent_is_recorded_as_it_is(work: Path, own_capture: dic
     assert own_capture
     for capture in own_capture.values():
         folder = work / capture.name
-        migrate.receive(f"recording:{capture.directory}", work / f"snap-{capture.name}", observe=[f"record={folder}"])
+        multifd.receive(f"recording:{capture.directory}", work / f"snap-{capture.name}", observe=[f"record={folder}"])
         again = recorded(folder)
         for name, original in zip(["main.bin", *sorted(again)[:-1]], capture.files(), strict=True):
             lost = len(original) - len(again[name])
@@ -188,7 +195,7 @@ def test_a_payloads_reading_is_not_the_codecs_time(install: Install) -> None:
         watch.begin(PAGE)
         started = time.perf_counter()
         watch.tee(Slow()).read_into(memoryview(bytearray(PAGE)))
-        watch.lap(stage)
+        watch.clock.lap(stage)
         watch.packet(RamPacket(), bytes(header_length(PAGE)))
         elapsed = time.perf_counter() - started
         *_, payload, times = seen.packets.pop()
@@ -223,13 +230,13 @@ def test_one_that_raises_is_dropped_with_one_line(
     install(raising=lambda _: Raising(), other=lambda _: other)
     there = peers.Receiving(work / "snap", channels=1)
     with pytest.warns(RuntimeWarning) as warned:
-        result = migrate.send(
-            open_source(work / "image.raw"), there.uri, "zlib", channels=1, observe=["raising", "other"]
+        result = multifd.send(
+            open_snapshot(work / "image.raw"), there.uri, "zlib", channels=1, observe=["raising", "other"]
         )
         there.join()
     assert (work / "snap" / "0-pc.ram.raw").read_bytes() == content
     assert [str(warning.message) for warning in warned] == [
-        f"observer raising (test) is dropped: multifd_observe_{hook} raised {plugins.describe(error)}"
+        f"observer raising (test) is dropped: multifd_observe_{hook} raised {describe(error)}"
     ]
     assert called.count(hook) == 1 or hook == "finish"
     assert called[-1] == "finish"
@@ -270,7 +277,7 @@ def test_one_that_is_dropped_stays_dropped_on_a_relay(work: Path, install: Insta
     ):
         for number in range(2):
             there = peers.Receiving(work / f"snap{number}", f"unix:{work}/there")
-            migrate.send(open_source(work / "image.raw"), relaying.uri, "zlib")
+            multifd.send(open_snapshot(work / "image.raw"), relaying.uri, "zlib")
             there.join()
         relaying.join()
     assert (dropped.calls, dropped.packets) == ([(IN, OUT), False], [])
@@ -301,7 +308,7 @@ def test_with_nobody_looking_on_nothing_is_copied() -> None:
     nobody = Observers()
     watch = nobody.watch(IN, InitPacket(bytes(16), 0), ())
     connection = object()
-    assert watch is observers.UNWATCHED
+    assert type(watch) is Watch
     assert watch.tee(connection) is connection  # type: ignore[arg-type]
     assert nobody.watch_main(connection, read=IN, written=BACK) is connection  # type: ignore[arg-type]
 
@@ -376,9 +383,9 @@ def test_where_it_cannot_write_nobody_connects(work: Path) -> None:
         (f"trace={work}", r"--observe trace=.*: Is a directory"),
     ):
         with pytest.raises(CallerError, match=says):
-            migrate.send(open_source(work / "image.raw"), f"unix:{work}/nobody", observe=[observer])
+            multifd.send(open_snapshot(work / "image.raw"), f"unix:{work}/nobody", observe=[observer])
         with pytest.raises(CallerError, match=says):
-            migrate.receive(f"unix:{work}/here", work / "snap", observe=[observer])
+            multifd.receive(f"unix:{work}/here", work / "snap", observe=[observer])
         with pytest.raises(CallerError, match=says):
             Relaying(f"unix:{work}/nobody", observe=[observer])
     fails(2, "record: say where to, record=DIR", "send", work / "image.raw", f"unix:{work}/x", "--observe", "record")
@@ -394,7 +401,7 @@ def test_a_migration_that_fails_leaves_nothing_that_looks_whole(work: Path) -> N
     with pytest.raises(PeerError, match="channel 1: magic 0x00000000"):
         here.join()
     assert not (work / "rec").exists()
-    assert inspect(work / "rec.incomplete")["ended"] != "complete"
+    assert multifd.inspect(work / "rec.incomplete")["ended"] != "complete"
     assert not json.loads((work / "stats").read_text())["complete"]
 
 
@@ -403,7 +410,7 @@ def test_a_relays_second_migration_is_recorded_beside_the_first(work: Path) -> N
     with closing(Relaying(f"unix:{work}/there", migrations=2, observe=[f"record={work}/rec"])) as relaying:
         for number in range(2):
             there = peers.Receiving(work / f"snap{number}", f"unix:{work}/there", observe=[f"record={work}/r{number}"])
-            migrate.send(open_source(work / "image.raw"), relaying.uri, ("zlib", "zstd")[number])
+            multifd.send(open_snapshot(work / "image.raw"), relaying.uri, ("zlib", "zstd")[number])
             there.join()
         relaying.join()
     assert recorded(work / "rec" / "out") == recorded(work / "r0")
@@ -442,7 +449,7 @@ def test_on_the_command_line(work: Path) -> None:
 
 
 def test_every_hook_is_documented() -> None:
-    names = [name for name in dir(observers) if name.startswith("multifd_")]
+    names = [name for name in dir(hooks) if name.startswith("multifd_")]
     assert len(names) == 4
     for name in names:
-        assert getattr(observers, name).__doc__, name
+        assert getattr(hooks, name).__doc__, name

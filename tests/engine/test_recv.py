@@ -14,17 +14,21 @@ from pathlib import Path
 
 import pytest
 
+import multifd
 import streams
-from multifd import migrate, plugins, recv, snapshot
+from multifd.codec import readers
+from multifd.codec.compressor import Compressor
 from multifd.errors import CompressorError, HostError, MultifdError, PeerError, UsageError
 from multifd.hookspecs import Channel, Facts, hookimpl
+from multifd.jobs.report import Result
+from multifd.snapshot.writer import BlockFile
 
 SIZE = 65536
 
 
-def receive(work: Path, stream: streams.Stream, **options: object) -> migrate.Result:
+def receive(work: Path, stream: streams.Stream, **options: object) -> Result:
     stream.write(work / "recording")
-    return migrate.receive(f"recording:{work / 'recording'}", work / "snap", **options)  # type: ignore[arg-type]
+    return multifd.receive(f"recording:{work / 'recording'}", work / "snap", **options)  # type: ignore[arg-type]
 
 
 def memory(work: Path) -> dict[str, bytes]:
@@ -250,7 +254,7 @@ def test_several_blocks_and_offsets_beyond_4_gib(work: Path) -> None:
 def test_a_method_that_differs_names_both_and_the_fix(work: Path) -> None:
     streams.small("zstd").write(work / "recording")
     with pytest.raises(PeerError) as caught:
-        migrate.receive(f"recording:{work / 'recording'}", work / "snap", "zlib")
+        multifd.receive(f"recording:{work / 'recording'}", work / "snap", "zlib")
     assert str(caught.value) == (
         "channel 0: the sender uses zstd, this side expects zlib: start both with the same --compressor"
     )
@@ -299,15 +303,15 @@ def test_what_qemu_7_2_may_cut_off_is_not_missed(work: Path) -> None:
 
 def test_recordings_that_are_none(work: Path) -> None:
     with pytest.raises(MultifdError, match=r"holds no main\.bin"):
-        migrate.receive(f"recording:{work}", work / "snap")
+        multifd.receive(f"recording:{work}", work / "snap")
     (work / "main.bin").write_bytes(streams.small().main)
     with pytest.raises(MultifdError, match=r"holds no ch0\.bin"):
-        migrate.receive(f"recording:{work}", work / "snap")
+        multifd.receive(f"recording:{work}", work / "snap")
     (work / "ch0.bin.zst").write_bytes(b"not zstd")
     with pytest.raises(HostError, match=r"ch0\.bin\.zst cannot be read"):
-        migrate.receive(f"recording:{work}", work / "snap")
+        multifd.receive(f"recording:{work}", work / "snap")
     with pytest.raises(UsageError, match="has 1 channels, not 4"):
-        migrate.receive(f"recording:{work}", work / "snap", channels=4)
+        multifd.receive(f"recording:{work}", work / "snap", channels=4)
 
 
 def zlib_payload(content: bytes, end: int = zlib.Z_SYNC_FLUSH) -> bytes:
@@ -429,8 +433,8 @@ class Careless:
     ],
 )
 def test_a_compressor_must_read_its_payload(work: Path, monkeypatch: pytest.MonkeyPatch, reads: int, says: str) -> None:
-    compressor = plugins.Compressor("careless", Careless(reads), "test 1")
-    monkeypatch.setattr(recv, "select_for_flag", lambda _: (compressor, compressor.settings({}, sending=False)))
+    compressor = Compressor("careless", Careless(reads), "test 1")
+    monkeypatch.setattr(readers, "select_for_flag", lambda _: (compressor, compressor.settings({}, sending=False)))
     refused(work, with_packet(data(0, flags=31 << 1, payload=b"payload")), says)
 
 
@@ -448,15 +452,15 @@ class Watching(Careless):
 def test_zero_pages_come_before_the_payload(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a packet without normal pages has no payload: the compressor is not called."""
     events: list[str] = []
-    compressor = plugins.Compressor("careless", Watching(events), "test 1")
-    monkeypatch.setattr(recv, "select_for_flag", lambda _: (compressor, compressor.settings({}, sending=False)))
-    real = snapshot.BlockFile.clear
+    compressor = Compressor("careless", Watching(events), "test 1")
+    monkeypatch.setattr(readers, "select_for_flag", lambda _: (compressor, compressor.settings({}, sending=False)))
+    real = BlockFile.clear
 
-    def clear(self: snapshot.BlockFile, offset: int, length: int) -> None:
+    def clear(self: BlockFile, offset: int, length: int) -> None:
         events.append("zero")
         real(self, offset, length)
 
-    monkeypatch.setattr(snapshot.BlockFile, "clear", clear)
+    monkeypatch.setattr(BlockFile, "clear", clear)
     packets = [
         streams.packet([0], [SIZE], payload=b"payload", flags=31 << 1, page_size=SIZE),
         streams.packet([], [2 * SIZE], flags=31 << 1, page_size=SIZE, number=1),
@@ -477,8 +481,8 @@ def test_a_block_that_claims_8_tib_costs_no_memory(work: Path) -> None:
     )
     streams.Stream(main, [streams.init(0) + streams.sync() * 2]).write(work / "recording")
     code = (
-        "import re, sys\nfrom multifd import migrate\nfrom multifd.errors import MultifdError\n"
-        "try:\n    migrate.receive(f'recording:{sys.argv[1]}/recording', f'{sys.argv[1]}/snap')\n"
+        "import re, sys\nimport multifd\nfrom multifd.errors import MultifdError\n"
+        "try:\n    multifd.receive(f'recording:{sys.argv[1]}/recording', f'{sys.argv[1]}/snap')\n"
         "except MultifdError as error:\n    print(error)\n"
         r"print(re.search(r'VmHWM:\s+(\d+)', open('/proc/self/status').read())[1])"
     )

@@ -10,20 +10,20 @@ from pathlib import Path
 import pytest
 
 import images
+import multifd
 import peers
 import streams
-from multifd import effort, migrate
+from multifd import open_snapshot
+from multifd.effort import choice
 from multifd.errors import CallerError, CompressorError, HostError, MultifdError, PeerError, UsageError
-from multifd.snapshot import open_source
+from multifd.jobs.report import Result
 
 
-def send(
-    work: Path, source: Path, compressor: str = "none", **options: object
-) -> tuple[streams.Decoded, migrate.Result]:
+def send(work: Path, source: Path, compressor: str = "none", **options: object) -> tuple[streams.Decoded, Result]:
     channels = int(options.get("channels", 2))  # type: ignore[call-overload]
     there = peers.Keeping(channels)
     page_size = options.pop("page_size", None)
-    result = migrate.send(open_source(source, page_size=page_size), there.uri, compressor, **options)  # type: ignore[arg-type]
+    result = multifd.send(open_snapshot(source, page_size=page_size), there.uri, compressor, **options)  # type: ignore[arg-type]
     there.join()
     found = streams.read_source(
         there.main, [there.channels[n] for n in range(channels)], compressor.split(",", maxsplit=1)[0]
@@ -88,7 +88,7 @@ def test_a_snapshot_keeps_its_state_uuid_and_mode(work: Path, sync: str) -> None
     if sync == "section":
         stream.main = stream.main.replace(streams.FLUSH, b"").replace(streams.section(2, flush=False), b"")
     stream.write(work / "recording")
-    migrate.receive(f"recording:{work / 'recording'}", work / "snap")
+    multifd.receive(f"recording:{work / 'recording'}", work / "snap")
     found, _ = send(work, work / "snap", "zlib")
     assert found.flushes == (2 if sync == "round" else 0)
     assert found.machine == "pc-q35-10.0"
@@ -105,7 +105,7 @@ def fails(
         images.write_pages(work / "image.raw", 4000, 4096)
     options.setdefault("timeout", peers.TIMEOUT)
     with pytest.raises(error, match=says) as caught:
-        migrate.send(open_source(work / "image.raw"), there, compressor, **options)  # type: ignore[arg-type]
+        multifd.send(open_snapshot(work / "image.raw"), there, compressor, **options)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
 
 
@@ -228,11 +228,11 @@ def swallow(sock: object) -> None:
 
 def test_a_source_that_fails_while_it_is_read(work: Path) -> None:
     (work / "image.raw").write_bytes(bytes(4096))
-    source = open_source(work / "image.raw")
+    source = open_snapshot(work / "image.raw")
     (work / "image.raw").unlink()
     there = Deaf(0, close=True)
     with pytest.raises(CallerError, match="No such file"):
-        migrate.send(source, there.uri)
+        multifd.send(source, there.uri)
     there.job.join()
 
 
@@ -254,7 +254,7 @@ def test_a_payload_no_receiver_takes_is_not_sent(work: Path, monkeypatch: pytest
     from multifd import plugins
 
     huge = plugins.Compressor("huge", Huge(), "test 1")
-    monkeypatch.setattr(effort, "select", lambda *_, **__: (huge, huge.settings({}, sending=True)))
+    monkeypatch.setattr(choice, "select", lambda *_, **__: (huge, huge.settings({}, sending=True)))
     there = peers.Keeping(2, b"")
     fails(
         work,
@@ -279,5 +279,5 @@ def test_a_thread_that_cannot_start_leaves_no_other(work: Path, monkeypatch: pyt
     there = peers.Keeping(2)
     monkeypatch.setattr(threading.Thread, "start", fail)
     with pytest.raises(RuntimeError, match="can't start"):
-        migrate.send(open_source(work / "image.raw"), there.uri)
+        multifd.send(open_snapshot(work / "image.raw"), there.uri)
     there.join()

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 
 import images
+import multifd
 import peers
 from certificates import Authority
-from multifd import migrate
+from multifd import open_snapshot
 from multifd.errors import CallerError, MultifdError, PeerError, UsageError
-from multifd.migrate import warn_exposed
-from multifd.snapshot import open_source
-from multifd.tls import server
-from multifd.transport import Silence, SocketConnection
+from multifd.net.deadline import Silence
+from multifd.net.security import warn_exposed
+from multifd.net.socket import SocketConnection
+from multifd.net.tls import server
 from relaying import Relaying, closing
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*ignored")
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*ignored")
 def test_send_to_receive(work: Path, creds: Path, method: str) -> None:
     content = images.write_memory(work)
     there = peers.Receiving(work / "snap", channels=4, tls_creds=creds)
-    sent = migrate.send(open_source(work / "image.raw"), there.uri, method, channels=4, tls_creds=creds)
+    sent = multifd.send(open_snapshot(work / "image.raw"), there.uri, method, channels=4, tls_creds=creds)
     arrived = there.join()
     assert (work / "snap" / "0-pc.ram.raw").read_bytes() == content
     assert sent.normal_pages == arrived.normal_pages
@@ -47,7 +48,7 @@ def test_relay_on_either_leg(work: Path, creds: Path, legs: tuple[bool, bool], t
         there.uri, to=to, listen_tls_creds=listening, connect_tls_creds=connecting, connect_tls_hostname=name
     )
     with closing(relaying):
-        migrate.send(open_source(work / "image.raw"), relaying.uri, tls_creds=listening)
+        multifd.send(open_snapshot(work / "image.raw"), relaying.uri, tls_creds=listening)
         there.join()
         assert relaying.result().confirmed
     assert (work / "snap" / "0-pc.ram.raw").read_bytes() == content
@@ -58,7 +59,7 @@ def refused(work: Path, here: Path | None, there: Path | None, **options: Any) -
     (work / "image.raw").write_bytes(images.memory()[: 1 << 20])
     job = peers.Receiving(work / "snap", tls_creds=there, timeout=3)
     with pytest.raises(MultifdError) as told:
-        migrate.send(open_source(work / "image.raw"), job.uri, tls_creds=here, timeout=3, **options)
+        multifd.send(open_snapshot(work / "image.raw"), job.uri, tls_creds=here, timeout=3, **options)
     with pytest.raises(PeerError) as answer:
         job.join()
     assert not (work / "snap").exists()
@@ -115,7 +116,7 @@ def test_what_says_nothing_is_no_handshake(creds: Path) -> None:
 def test_files_that_are_missing_or_wrong(work: Path, creds: Path) -> None:
     with pytest.raises(CallerError, match=r"server-key.pem: No such file or directory: TLS takes ca-cert.pem"):
         (creds / "server-key.pem").unlink()
-        migrate.receive("tcp:127.0.0.1:0", work / "snap", tls_creds=creds)
+        multifd.receive("tcp:127.0.0.1:0", work / "snap", tls_creds=creds)
     with pytest.raises(CallerError, match=r"client-key.pem are no certificate and its key"):
         (creds / "client-key.pem").write_text("no key")
         Relaying("tcp:127.0.0.1:1", connect_tls_creds=creds)

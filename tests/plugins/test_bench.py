@@ -15,11 +15,15 @@ from typing import Any
 
 import pytest
 
+import multifd
 from commands import fails, run
-from multifd import bench, plugins
-from multifd.bench import Bench, Row
+from multifd import open_snapshot
+from multifd.codec.selection import load
 from multifd.errors import CallerError
-from multifd.snapshot import open_source
+from multifd.jobs.bench import measure
+from multifd.jobs.bench.measure import SAMPLE_SECONDS, levels, take_sample
+from multifd.jobs.bench.model import LINKS, Bench, Row
+from multifd.jobs.bench.picture import LINE_HEIGHT, RIGHT, WIDTH
 from sites import Site
 
 PAGE = 4096
@@ -50,7 +54,7 @@ BROKEN = {
 #: Sees one packet only: that takes more seconds than a setting is measured for.
 SLOW = (
     "multifd_send_prepare(channel, pages)",
-    f"""end = time.thread_time() + {bench.SAMPLE_SECONDS}
+    f"""end = time.thread_time() + {SAMPLE_SECONDS}
     while time.thread_time() < end: pass
     return multifd_zlib.multifd_send_prepare(channel, pages)""",
 )
@@ -105,7 +109,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
 
 def test_every_available_compressor_is_measured(found: Found) -> None:
     measured = {row["compressor"] for row in found.report["settings"] if "ratio" in row}
-    available = {row["name"] for row in plugins.rows() if row["available"]}
+    available = {row["name"] for row in multifd.compressors() if row["available"]}
     assert available >= {"none", "zlib", "zstd", "qatzip-sw"}
     assert measured == available | {"zlib-slow"}
     assert {"zlib,level=1", "zlib,level=9", "zstd,level=-5", "zstd,level=1", "zstd,level=20"} <= set(found.rows)
@@ -172,10 +176,10 @@ def test_the_picture(found: Found) -> None:
         points = [tuple(map(float, point.split(","))) for point in curve[1].attrib["points"].split()]
         assert points == sorted(points), "bandwidth grows to the right"
         assert [y for _, y in points] == sorted(y for _, y in points), "time falls with it"
-    labels = [element for element in root.iter(f"{SVG}text") if float(element.attrib["x"]) > bench.WIDTH - bench.RIGHT]
+    labels = [element for element in root.iter(f"{SVG}text") if float(element.attrib["x"]) > WIDTH - RIGHT]
     assert len(labels) == len(measured)
     heights = sorted(float(element.attrib["y"]) for element in labels)
-    assert all(lower - upper > bench.LINE_HEIGHT - 0.2 for upper, lower in pairwise(heights)), "none hides another"
+    assert all(lower - upper > LINE_HEIGHT - 0.2 for upper, lower in pairwise(heights)), "none hides another"
 
 
 def made(*rows: Row, cores: int = 2) -> Bench:
@@ -221,7 +225,7 @@ def test_the_recommendation_on_an_image(tmp_path: Path) -> None:
     image = tmp_path / "image.raw"
     image.write_bytes(text(64 * PAGE))
     told: list[str] = []
-    measured = bench.bench(image, cores=1, on_setting=told.append)
+    measured = measure.bench(image, cores=1, on_setting=told.append)
     assert told == [row.text for row in measured.rows if row.sampled_bytes]
     assert measured.recommend(math.inf).compressor == "none"
     slow = measured.recommend(1e6)
@@ -241,7 +245,7 @@ def test_for_people(tmp_path: Path) -> None:
     )
     assert re.search(r"^100 Mbit/s +--compressor \S+,level=\S+ +0\.\d+ +0\.01\d+$", result.stdout, re.MULTILINE)
     assert "with 1 core on each side" in result.stdout
-    assert len([line for line in lines if re.match(r"\d+ [MG]bit/s ", line)]) == len(bench.LINKS)
+    assert len([line for line in lines if re.match(r"\d+ [MG]bit/s ", line)]) == len(LINKS)
 
 
 def test_holes_are_not_read(work: Path) -> None:
@@ -250,7 +254,7 @@ def test_holes_are_not_read(work: Path) -> None:
         file.seek(3 << 30)
         file.write(text(PACKET))
     before = read_so_far()
-    sample = bench.take_sample(open_source(work / "image.raw"))
+    sample = take_sample(open_snapshot(work / "image.raw"))
     assert read_so_far() - before < 16 << 20
     assert (sample.normal_bytes, sample.hole_bytes, sample.looked_bytes) == (PACKET, (1 << 32) - PACKET, 1 << 32)
 
@@ -262,9 +266,9 @@ def read_so_far() -> int:
 
 def test_a_large_image_is_sampled_evenly(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A different byte in each packet tells where it is from."""
-    monkeypatch.setattr(bench, "SAMPLE_BYTES", 10 * PACKET)
+    monkeypatch.setattr(measure, "SAMPLE_BYTES", 10 * PACKET)
     (work / "image.raw").write_bytes(b"".join(bytes([number]) * PACKET for number in range(1, 101)))
-    sample = bench.take_sample(open_source(work / "image.raw"))
+    sample = take_sample(open_snapshot(work / "image.raw"))
     places = sorted(pages[0][0] for pages in sample.packets)
     assert len(places) == 10
     assert all(3 < right - left < 20 for left, right in pairwise(places))
@@ -274,11 +278,11 @@ def test_a_large_image_is_sampled_evenly(work: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_snapshot_with_many_blocks(work: Path) -> None:
     from captures import OWN_CAPTURES
-    from multifd.migrate import receive
+    from multifd import receive
 
     receive(f"recording:{OWN_CAPTURES}/q100-m72-zlib-2ch", work / "snap", digests=False)
-    source = open_source(work / "snap")
-    sample = bench.take_sample(source)
+    source = open_snapshot(work / "snap")
+    sample = take_sample(source)
     whole = [(work / "snap" / item.path.name).read_bytes() for item in source.blocks]
     pages = [data[at : at + PAGE] for data in whole for at in range(0, len(data), PAGE)]
     assert sample.looked_bytes == sum(map(len, whole))
@@ -301,11 +305,11 @@ def test_mistakes_are_one_line(work: Path) -> None:
     fails(2, "no bandwidth", "bench", work / "zero.raw", "--link", "0Gbit/s")
     fails(2, "0 is less than 1", "bench", work / "zero.raw", "--cores", "0")
     with pytest.raises(CallerError):
-        bench.bench(work / "zero.raw")
+        measure.bench(work / "zero.raw")
 
 
 def test_levels_come_from_the_facts() -> None:
-    tried = {name: bench.levels(plugins.load(name).facts) for name in ("none", "zlib", "zstd", "qatzip-sw")}
+    tried = {name: levels(load(name).facts) for name in ("none", "zlib", "zstd", "qatzip-sw")}
     assert tried["none"] == [None]
     assert tried["zlib"] == [1, 2, 3, 6, 9]
     assert tried["qatzip-sw"] == [1, 2, 3, 6, 9]

@@ -14,8 +14,8 @@ import pytest
 
 import images
 import streams
-from multifd import plugins
-from multifd.effort import Choice
+from multifd.codec.selection import load
+from multifd.effort.choice import Choice
 from multifd.errors import CompressorError
 from pairs import PAGE, Pair
 
@@ -71,7 +71,7 @@ def test_random_pages_grow_little(name: str) -> None:
 @pytest.mark.parametrize("name", ["zlib", "zstd", "qatzip-sw", "qpl-sw", "uadk-sw"])
 def test_the_level_may_change_before_any_packet(name: str) -> None:
     """One stream for a receiver that decodes page by page; storing adds a thousandth at most."""
-    compressor = plugins.load(name)
+    compressor = load(name)
     settings = compressor.settings({"level": "adaptive"}, sending=True)
     rungs = Choice.of(compressor, settings).ways
     view = compressor.channel(0, PAGE, settings, live=True)
@@ -96,7 +96,6 @@ BOMB = """
 import struct, sys, zlib
 sys.path.insert(0, {tests!r})
 import pairs, streams
-from multifd import plugins
 from multifd.errors import CompressorError
 from multifd.testing import harness
 
@@ -130,7 +129,7 @@ else:
 assert len(bomb) <= 1 << 20, len(bomb)
 del content, stream
 
-compressor, settings = plugins.select(plugins.Spec(name), sending=False)
+compressor, settings = select(Spec(name), sending=False)
 channel = compressor.channel(0, page_size, settings)
 compressor.hook.multifd_recv_setup(channel=channel)
 assert pairs.decode(compressor, channel, warm, page_size) == first

@@ -21,7 +21,7 @@ import broken
 import cut_captures
 import streams
 from multifd import hookspecs
-from multifd.plugins import Spec
+from multifd.codec.settings import Spec
 from multifd.testing import checks
 from multifd.testing.checks import CHECKS
 from multifd.testing.harness import Subject

@@ -35,7 +35,9 @@ def run(machine: Machine, *arguments: object, **env: str) -> subprocess.Complete
 
 def row(machine: Machine, method: str, **env: str) -> dict[str, Any]:
     """The method's row in `multifd compressors`."""
-    code = "import json, sys\nfrom multifd import plugins\nprint(json.dumps(plugins.probe_all([sys.argv[1]])[0]))"
+    code = (
+        "import json, sys\nfrom multifd.codec.probing import probe_all\nprint(json.dumps(probe_all([sys.argv[1]])[0]))"
+    )
     command = [machine.python, "-c", code, method]
     environ = os.environ | machine.env | env
     result = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=True)
@@ -111,8 +113,8 @@ def test_what_is_no_whole_page_libqpl_refuses(libqpl: Machine) -> None:
     """It does not see a byte behind the end, nor a missing end: the page is right all the same."""
     code = """
 import zlib
-from multifd.pagedevice import DeviceError
-from multifd.pagelist import Job
+from multifd.formats.pagedevice import DeviceError
+from multifd.formats.pagelist import Job
 from multifd_qpl.hardware import SOFTWARE, Libqpl
 def deflate(data):
     stream = zlib.compressobj(9, zlib.DEFLATED, -12)
@@ -255,8 +257,7 @@ def test_without_cffis_backend_the_probe_says_so(method: str) -> None:
     code = f"""
 import sys
 sys.modules["_cffi_backend"] = None
-from multifd import plugins
-found = plugins.load({method!r})
+found = load({method!r})
 print(found.probe(found.settings({{}}, sending=True)).reason)
 """
     command: Sequence[str] = [sys.executable, "-c", code]

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 import images
+import multifd
 import peers
 import qatdriver
 import streams
-from multifd import deflate, migrate, pagelist
+from multifd import open_snapshot
 from multifd.errors import CompressorError, UsageError
-from multifd.snapshot import open_source
+from multifd.formats import deflate, pagelist
 from pairs import PAGE, Pair
 from relaying import Relaying, closing
 
@@ -288,7 +289,7 @@ def test_send_to_uadk_without_its_device(work: Path, zero_pages: str) -> None:
     content = images.memory()[: 4 << 20]
     (work / "image.raw").write_bytes(content)
     there = peers.Keeping(1)
-    migrate.send(open_source(work / "image.raw"), there.uri, "uadk-sw,raw=on", channels=1, zero_pages=zero_pages)
+    multifd.send(open_snapshot(work / "image.raw"), there.uri, "uadk-sw,raw=on", channels=1, zero_pages=zero_pages)
     there.join()
     destination = WithoutDevice(len(content))
     destination.take(there.channels[0], PAGE)

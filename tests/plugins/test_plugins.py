@@ -11,13 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from multifd import hookspecs, plugins
+import multifd
+from multifd import hookspecs
+from multifd.codec import discovery, readers, selection
+from multifd.codec.compressor import Compressor
+from multifd.codec.settings import Settings, Spec
 from multifd.errors import HostError, UsageError
-from sites import GOOD, Site
+from sites import GOOD, IMPORTS, Site
 
 
 def test_the_list_has_what_the_json_promises() -> None:
-    rows = {row["name"]: row for row in plugins.rows()}
+    rows = {row["name"]: row for row in multifd.compressors()}
     assert set(rows) >= {"none", "zlib", "zstd", "qatzip", "qatzip-sw", "qpl", "qpl-sw", "uadk", "uadk-sw"}
     for name, flag in (("none", 0), ("zlib", 1), ("zstd", 2)):
         row = rows[name]
@@ -81,8 +85,8 @@ def test_a_hanging_plugin_is_a_row_and_delays_nobody(site: Site) -> None:
     site.install("hangs", "import time; time.sleep(1000)")
     site.good("good")
     started = time.monotonic()
-    code = "from multifd import plugins\nimport json\n"
-    code += "print(json.dumps(plugins.probe_all(['good', 'hangs', 'zlib'], 6)))"
+    code = f"{IMPORTS}import json\n"
+    code += "print(json.dumps(probe_all(['good', 'hangs', 'zlib'], 6)))"
     result = site.run("-c", code)
     rows = {row["name"]: row for row in json.loads(result.stdout)}
     assert "did not answer within 6 s" in rows["hangs"]["reason"]
@@ -94,8 +98,8 @@ def test_choosing_by_name_imports_that_one_only(site: Site) -> None:
     site.good("good")
     site.install("hangs", "import time; time.sleep(1000)")
     site.install("crashes", "import os; os.abort()")
-    code = "import sys\nfrom multifd import plugins\n"
-    code += "print(plugins.select(plugins.Spec('good'), sending=True)[0].facts.flag)\n"
+    code = f"{IMPORTS}import sys\n"
+    code += "print(select(Spec('good'), sending=True)[0].facts.flag)\n"
     result = site.run("-c", code + "assert not {'multifd_hangs', 'multifd_zlib'} & set(sys.modules)")
     assert result.stdout == "30\n", result.stderr
 
@@ -103,7 +107,7 @@ def test_choosing_by_name_imports_that_one_only(site: Site) -> None:
 def test_a_name_taken_twice_names_both_distributions(site: Site) -> None:
     site.good("good")
     site.install("good", "", distribution="acme-good")
-    message = site.error("plugins.load('good')")
+    message = site.error("load('good')")
     assert "'good' is provided by acme-good 1.0 and multifd-good 1.0: keep one, with --disable acme-good or " in message
     assert "acme-good 1.0 and multifd-good 1.0" in site.rows()["good"]["reason"]
     for row in (
@@ -119,7 +123,7 @@ def test_a_compressor_turned_off_is_not_loaded(site: Site) -> None:
     row = site.rows("--disable", "crashes")["crashes"]
     assert "'crashes' is turned off, by --disable or MULTIFD_DISABLE" in row["reason"]
     assert row["distribution"] == "multifd-crashes 1.0"
-    choose = "from multifd import plugins\nplugins.{}"
+    choose = IMPORTS + "{}"
     named = site.run("-c", choose.format("load('zlib')"), MULTIFD_DISABLE="zlib")
     assert "'zlib' is turned off" in named.stderr
     by_flag = site.run("-c", choose.format("select_for_flag(1)"), MULTIFD_DISABLE="multifd-zlib")
@@ -144,7 +148,7 @@ def test_a_flag_of_two_methods_names_both_distributions(site: Site) -> None:
     site.good("alpha", flag=28)
     site.good("beta", flag=28)
     site.good("beta-card", "beta", flag=28, hardware=True)
-    choose = "print(plugins.select_for_flag(28)[0].name)"
+    choose = "print(select_for_flag(28)[0].name)"
     says = "flag 28 is taken by the methods alpha and beta, of multifd-alpha 1.0 and multifd-beta 1.0 and multifd-beta-"
     assert says in site.error(choose)
     rows = site.rows()
@@ -152,7 +156,7 @@ def test_a_flag_of_two_methods_names_both_distributions(site: Site) -> None:
         assert rows[name]["available"], "by its name it works"
         assert says in rows[name]["reason"]
     assert rows["zlib"]["reason"] == ""
-    chosen = site.run("-c", f"from multifd import plugins\n{choose}", MULTIFD_DISABLE="alpha")
+    chosen = site.run("-c", f"{IMPORTS}{choose}", MULTIFD_DISABLE="alpha")
     assert chosen.stdout == "beta-card\n", chosen.stderr
     assert site.rows(MULTIFD_DISABLE="alpha")["beta"]["reason"] == ""
 
@@ -181,7 +185,7 @@ def packs(name: str, flag: int, times: int = 1, *, hardware: bool = False) -> st
 
 
 def best(site: Site, arguments: str) -> str:
-    code = f"import os, sys\nfrom multifd import plugins\nprint(plugins.best({arguments}))\n"
+    code = f"{IMPORTS}import os, sys\nprint(best({arguments}))\n"
     result = site.run("-c", code + "assert not [name for name in sys.modules if name.startswith('multifd_')]")
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
@@ -198,12 +202,12 @@ def test_auto_takes_hardware_first_then_the_fastest(site: Site) -> None:
     assert best(site, "b'', 4096, ['fast', 'slow']") == "fast"
     site.install("card", packs("card", 31, 30, hardware=True))
     assert best(site, text) == "card"
-    assert "no method 'fsat'; installed: breaks, card, fast," in site.error("plugins.best(b'', 4096, ['fsat'])")
+    assert "no method 'fsat'; installed: breaks, card, fast," in site.error("best(b'', 4096, ['fsat'])")
     assert "no compressor that the peer accepts works here: none is installed" in site.error(
-        "import os; os.environ['MULTIFD_DISABLE'] = 'multifd-qpl'; plugins.best(b'', 4096, ['qpl'])"
+        "import os; os.environ['MULTIFD_DISABLE'] = 'multifd-qpl'; best(b'', 4096, ['qpl'])"
     )
     assert "auto has no option 'level'; it has: accepts=METHOD+METHOD" in site.error(
-        "plugins.settle(plugins.Spec.parse('auto,level=1'), bytes)"
+        "Choice.parse('auto,level=1', bytes)"
     )
 
 
@@ -256,13 +260,13 @@ def test_a_single_file_is_listed_and_clashes_as_any(site: Site, tmp_path: Path) 
 
 
 def test_a_packets_flag_finds_the_best_available(site: Site) -> None:
-    choose = "print(plugins.select_for_flag({})[0].name)"
+    choose = "print(select_for_flag({})[0].name)"
     site.good("zlib-card", "zlib", 1, hardware=True)
     site.good("zlib-slow", "zlib", 1)
-    assert site.run("-c", f"from multifd import plugins\n{choose.format(1)}").stdout == "zlib-card\n"
-    assert site.run("-c", f"from multifd import plugins\n{choose.format(2)}").stdout == "zstd\n"
+    assert site.run("-c", f"{IMPORTS}{choose.format(1)}").stdout == "zlib-card\n"
+    assert site.run("-c", f"{IMPORTS}{choose.format(2)}").stdout == "zstd\n"
     site.good("third", flag=30)
-    assert site.run("-c", f"from multifd import plugins\n{choose.format(30)}").stdout == "third\n"
+    assert site.run("-c", f"{IMPORTS}{choose.format(30)}").stdout == "third\n"
     assert "packets are method 29, and no compressor for it is installed" in site.error(choose.format(29))
 
 
@@ -272,7 +276,7 @@ def test_one_that_is_not_available_says_why(site: Site) -> None:
         "card", code.replace('Probe(True, "lib", "1.0"', 'Probe(False, reason="no device", install="plug one in"')
     )
     assert "card (multifd-card 1.0) is not available: no device; plug one in" in site.error(
-        "plugins.select(plugins.Spec('card'), sending=True)"
+        "select(Spec('card'), sending=True)"
     )
 
 
@@ -281,19 +285,19 @@ def test_a_name_nobody_provides() -> None:
         HostError,
         match="no compressor is named 'zlbi'; installed: none, .*, qpl, qpl-sw, .*, zlib, zstd: did you mean zlib",
     ):
-        plugins.load("zlbi")
+        selection.load("zlbi")
     with pytest.raises(UsageError, match="'adaptive' is reserved"):
-        plugins.load("adaptive")
+        selection.load("adaptive")
 
 
 def test_without_the_plugin_the_message_has_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugins, "_entry_points", lambda _: ())
+    monkeypatch.setattr(discovery, "_entry_points", lambda _: ())
     with pytest.raises(HostError, match="pip install multifd-zstd"):
-        plugins.load("zstd")
+        selection.load("zstd")
     with pytest.raises(
         HostError, match="packets are zlib, and no compressor for it is installed: pip install multifd-zlib"
     ):
-        plugins.select_for_flag(1)
+        readers.select_for_flag(1)
 
 
 @pytest.mark.parametrize(
@@ -307,10 +311,10 @@ def test_without_the_plugin_the_message_has_the_pip_command(monkeypatch: pytest.
 )
 def test_specs_are_checked(text: str, says: str) -> None:
     with pytest.raises(UsageError, match=says):
-        plugins.Spec.parse(text)
+        Spec.parse(text)
 
 
-def compressor() -> plugins.Compressor:
+def compressor() -> Compressor:
     class Plugin:
         @hookspecs.hookimpl
         def multifd_compressor(self) -> hookspecs.Facts:
@@ -325,14 +329,14 @@ def compressor() -> plugins.Compressor:
         def multifd_send_cleanup(self) -> None:
             raise RuntimeError("cannot")
 
-    return plugins.Compressor("toy", Plugin(), "toy 1")
+    return Compressor("toy", Plugin(), "toy 1")
 
 
 def test_settings_are_checked_against_the_facts() -> None:
     toy = compressor()
-    assert toy.settings({}, sending=True) == plugins.Settings(2, {"fast": True, "n": 3, "s": "x"})
+    assert toy.settings({}, sending=True) == Settings(2, {"fast": True, "n": 3, "s": "x"})
     given = {"level": "3", "fast": "off", "n": "-7", "s": "y"}
-    assert toy.settings(given, sending=True) == plugins.Settings(3, {"fast": False, "n": -7, "s": "y"})
+    assert toy.settings(given, sending=True) == Settings(3, {"fast": False, "n": -7, "s": "y"})
     assert toy.settings({"level": "3"}, sending=False).level is None, "no level on decompression"
     for wrong, says in (
         ({"level": "4"}, "level 4 is outside 1..3"),
@@ -344,7 +348,7 @@ def test_settings_are_checked_against_the_facts() -> None:
         with pytest.raises(UsageError, match=says):
             toy.settings(wrong, sending=True)
     with pytest.raises(UsageError, match="none has no level"):
-        plugins.load("none").settings({"level": "1"}, sending=True)
+        selection.load("none").settings({"level": "1"}, sending=True)
 
 
 def test_a_cleanup_that_raises_is_told_and_goes_no_further() -> None:
@@ -354,7 +358,7 @@ def test_a_cleanup_that_raises_is_told_and_goes_no_further() -> None:
 
 
 def test_one_manager_per_compressor() -> None:
-    one, two = plugins.load("zlib"), plugins.load("zstd")
+    one, two = selection.load("zlib"), selection.load("zstd")
     assert one.hook is not two.hook
     assert one.hook.multifd_compressor().name == "zlib"
     assert two.hook.multifd_compressor().name == "zstd"

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 import images
+import multifd
 import peers
 import qatdriver
 import streams
-from multifd import migrate
+from multifd import open_snapshot
 from multifd.errors import CompressorError, PeerError
-from multifd.snapshot import open_source
 from multifd_qatzip import hardware
 from multifd_qatzip.library import NO_INSTANCE, DeviceError
 from multifd_qatzip.members import Member, device_takes
@@ -140,7 +140,7 @@ def test_another_method_is_refused_with_both_names(work: Path) -> None:
     (work / "image.raw").write_bytes(images.memory()[: 1 << 20])
     job = peers.Receiving(work / "snap", compressor="qatzip-sw")
     with pytest.raises(PeerError, match="the destination's own message says why"):
-        migrate.send(open_source(work / "image.raw"), job.uri, "zlib")
+        multifd.send(open_snapshot(work / "image.raw"), job.uri, "zlib")
     with pytest.raises(PeerError, match="the sender uses zlib, this side expects qatzip: start both"):
         job.join()
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from commands import run
-from multifd import doctor
+from multifd.jobs.doctor import compare, examine
 from qemus import Start
 
 
@@ -22,8 +22,8 @@ def differences(start: Start, source: dict[str, Any], destination: dict[str, Any
         qemu = start(options.pop("release", "10.0"), name, incoming=name == "destination", **options)
         if settings is not None:
             qemu.prepare(**settings)
-        sides.append(doctor.examine(qemu.monitor))
-    return [f"{trouble.what}: {trouble.remedy}" for trouble in doctor.compare(*sides)]
+        sides.append(examine(qemu.monitor))
+    return [f"{trouble.what}: {trouble.remedy}" for trouble in compare(*sides)]
 
 
 MISTAKES = [
@@ -110,14 +110,14 @@ def test_a_good_pair_the_other_way(start: Start) -> None:
 
 def test_a_destination_that_does_not_wait(start: Start) -> None:
     source, destination = start("10.0", "source"), start("10.0", "destination")
-    found = doctor.compare(doctor.examine(source.monitor), doctor.examine(destination.monitor))
+    found = compare(examine(source.monitor), examine(destination.monitor))
     assert "the destination is prelaunch, it does not wait" in [trouble.what for trouble in found]
 
 
 def test_another_uuid_and_a_release_too_old(start: Start) -> None:
-    side = doctor.examine(start("7.2", "source").monitor)
+    side = examine(start("7.2", "source").monitor)
     other = replace(side, version=(6, 0, 0), uuid="11111111-2222-3333-4444-555555555555")
-    told = {trouble.what for trouble in doctor.compare(side, other)}
+    told = {trouble.what for trouble in compare(side, other)}
     assert f"uuids differ: {side.uuid} and {other.uuid}" in told
     assert "the destination is QEMU 6.0.0: older than 7.2, the oldest tried" in told
     assert set(side.methods) >= {"none", "zlib", "zstd"}

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+import multifd
 import peers
-from multifd import migrate
+from multifd import open_snapshot
 from multifd.errors import MultifdError, PeerError
-from multifd.snapshot import open_source
 from qemus import RELEASES, Qemu, Start, content
 
 METHODS = ("none", "zlib", "zstd")
@@ -47,7 +47,7 @@ def test_send(start: Start, work: Path, release: str, compressor: str) -> None:
     target = start(release, "target", incoming=True)
     target.prepare(channels=4, method=compressor.partition(",")[0])
     target.monitor.command("migrate-incoming", uri=f"unix:{work}/incoming")
-    migrate.send(open_source(work / "snap"), f"unix:{work}/incoming", compressor, channels=4)
+    multifd.send(open_snapshot(work / "snap"), f"unix:{work}/incoming", compressor, channels=4)
     target.wait("completed")
     assert target.ram.read_bytes() == content()
 
@@ -92,7 +92,7 @@ def test_receive_drives_the_source(start: Start, work: Path, release: str, then:
     source.monitor.command("migrate-set-capabilities", capabilities=[{"capability": off, "state": True}])
     before = settings(source)
     source.monitor.close()
-    result = migrate.receive(
+    result = multifd.receive(
         f"unix:{work}/here", work / "snap", "zlib", channels=5, qmp=str(work / "source.qmp"), then=then
     )
     assert (result.compressor, result.channels) == ("zlib", 5)
@@ -131,11 +131,11 @@ def test_send_drives_the_destination(start: Start, work: Path, release: str) -> 
     source = start(release, "source")
     source.fill(content())
     source.monitor.close()
-    migrate.receive("tcp:127.0.0.1:0", work / "snap", qmp=str(work / "source.qmp"))
+    multifd.receive("tcp:127.0.0.1:0", work / "snap", qmp=str(work / "source.qmp"))
     target = start(release, "target", incoming=True)
     target.monitor.close()
-    sent = migrate.send(
-        open_source(work / "snap"), f"unix:{work}/incoming", "zstd", channels=3, qmp=str(work / "target.qmp")
+    sent = multifd.send(
+        open_snapshot(work / "snap"), f"unix:{work}/incoming", "zstd", channels=3, qmp=str(work / "target.qmp")
     )
     assert (sent.compressor, sent.channels) == ("zstd", 3)
     assert target.ram.read_bytes() == content()
@@ -147,12 +147,12 @@ def test_what_qemu_says_is_told(start: Start, work: Path) -> None:
     source.monitor.close()
     where = str(work / "source.qmp")
     with pytest.raises(PeerError, match="migrate-set-parameters: QEMU says: .*qatzip"):
-        migrate.receive(f"unix:{work}/here", work / "snap", "qatzip-sw", qmp=where)
+        multifd.receive(f"unix:{work}/here", work / "snap", "qatzip-sw", qmp=where)
     source.reconnect()
     source.monitor.command("migrate-set-parameters", **{"tls-creds": "none-such"})
     source.monitor.close()
     with pytest.raises(PeerError, match="QEMU"):
-        migrate.receive(f"unix:{work}/here", work / "snap", timeout=5, qmp=where)
+        multifd.receive(f"unix:{work}/here", work / "snap", timeout=5, qmp=where)
     with pytest.raises(MultifdError, match="cannot connect to unix:.*nobody"):
-        migrate.receive(f"unix:{work}/here", work / "snap", qmp=str(work / "nobody"))
+        multifd.receive(f"unix:{work}/here", work / "snap", qmp=str(work / "nobody"))
     assert not (work / "snap").exists()

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 import guest
+import multifd
 import peers
-from multifd import migrate
-from multifd.inspect import inspect
-from multifd.snapshot import open_source
+from multifd import open_snapshot
 from qemus import Qemu, Start
 from relaying import Relaying, closing
 from standin import Missing
@@ -51,12 +50,12 @@ class Guest:
 def test_a_running_guest_is_captured_and_restored(start: Start, work: Path) -> None:
     linux = Guest(start, work)
     linux.qemu.monitor.close()
-    result = migrate.receive(f"unix:{work}/here", work / "snap", "zstd", qmp=str(work / "first.qmp"), timeout=60)
+    result = multifd.receive(f"unix:{work}/here", work / "snap", "zstd", qmp=str(work / "first.qmp"), timeout=60)
     assert result.normal_pages > 5000
     target = linux.new("second")
     target.monitor.close()
-    migrate.send(
-        open_source(work / "snap"), f"unix:{work}/there", "zlib", channels=4, qmp=str(work / "second.qmp"), timeout=60
+    multifd.send(
+        open_snapshot(work / "snap"), f"unix:{work}/there", "zlib", channels=4, qmp=str(work / "second.qmp"), timeout=60
     )
     target.reconnect()
     target.monitor.command("cont")
@@ -108,14 +107,16 @@ def test_a_guest_that_dirties_memory_faster_than_the_link(start: Start, work: Pa
         source.monitor.command("migrate-set-parameters", max_bandwidth=1 << 30, downtime_limit=2000)
         if way == "snapshot":
             there.join()
-            assert inspect(work / "snap")["rounds"] > 3
+            assert multifd.inspect(work / "snap")["rounds"] > 3
         source.wait("completed")
         if way == "relay":
             target.wait("completed")
             assert relaying.result().confirmed
     if way == "snapshot":
         target.monitor.close()
-        migrate.send(open_source(work / "snap"), f"unix:{work}/there", "zstd", qmp=str(work / "second.qmp"), timeout=60)
+        multifd.send(
+            open_snapshot(work / "snap"), f"unix:{work}/there", "zstd", qmp=str(work / "second.qmp"), timeout=60
+        )
         target.reconnect()
     target.monitor.command("cont")
     linux.beats(3)

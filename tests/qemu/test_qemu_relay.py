@@ -16,7 +16,7 @@ from uuid import UUID
 import pytest
 
 import peers
-from multifd.effort import Effort, Rung
+from multifd.effort.controller import Effort, Rung
 from multifd.errors import PeerError
 from qemus import FAILING_CHANNELS, RELEASES, Start, content
 from qemus import UUID as GUEST_UUID

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+import multifd
 import peers
-from multifd import migrate
-from multifd.snapshot import open_source
+from multifd import open_snapshot
 from qemus import FAILING_CHANNELS, RELEASES, Start, content
 from relaying import Relaying, closing
 
@@ -71,8 +71,8 @@ def test_receive_and_send(start: Start, work: Path, creds: Path, release: str) -
     target = start(release, "target", incoming=True, more=secured(creds, "server"))
     target.prepare(channels=3, method="zstd", tls_creds="tls0")
     target.monitor.command("migrate-incoming", uri=f"unix:{work}/incoming")
-    where = open_source(work / "snap")
-    migrate.send(where, f"unix:{work}/incoming", "zstd", channels=3, tls_creds=creds, tls_hostname="localhost")
+    where = open_snapshot(work / "snap")
+    multifd.send(where, f"unix:{work}/incoming", "zstd", channels=3, tls_creds=creds, tls_hostname="localhost")
     target.wait("completed")
     assert target.ram.read_bytes() == content()
 

@@ -17,13 +17,15 @@ from pathlib import Path
 import pytest
 
 import images
+import multifd
 import peers
 import streams
 from captures import Capture
-from multifd import metrics, migrate
+from multifd import open_snapshot
 from multifd.errors import CallerError, HostError, PeerError
-from multifd.relay import STAGES, Relayed
-from multifd.snapshot import open_source
+from multifd.jobs.relay.counters import STAGES
+from multifd.jobs.relay.metrics import serving
+from multifd.jobs.relay.migration import Relayed
 from relaying import Relaying, closing
 
 METHODS = ["none", "zlib", "zstd", "qatzip-sw", "qpl-sw", "uadk-sw"]
@@ -41,7 +43,7 @@ def test_every_pair_of_methods(work: Path, source: str, to: str) -> None:
     content = images.write_memory(work)
     there = peers.Receiving(work / "snap", channels=3)
     with closing(Relaying(there.uri, source=source, to=to)) as relaying:
-        sent = migrate.send(open_source(work / "image.raw"), relaying.uri, source, channels=3)
+        sent = multifd.send(open_snapshot(work / "image.raw"), relaying.uri, source, channels=3)
         arrived = there.join()
         result = relaying.result()
     assert (work / "snap" / "0-pc.ram.raw").read_bytes() == content
@@ -60,7 +62,7 @@ def test_two_in_a_row_over_unix_sockets(work: Path) -> None:
         closing(Relaying(there.uri, listen=f"unix:{work}/b", to="none")) as second,
         closing(Relaying(second.uri, listen=f"unix:{work}/a", to="zstd,level=3")) as first,
     ):
-        migrate.send(open_source(work / "image.raw"), first.uri, "none")
+        multifd.send(open_snapshot(work / "image.raw"), first.uri, "none")
         there.join()
         assert first.result().bytes_out == second.result().bytes_in < len(content) / 2
     assert (work / "snap" / "0-pc.ram.raw").read_bytes() == content
@@ -70,7 +72,7 @@ def test_auto_writes_with_the_best_that_the_destination_accepts(work: Path) -> N
     content = images.write_memory(work)
     there = peers.Receiving(work / "snap", compressor="zstd")
     with closing(Relaying(there.uri, source="auto", to="auto,accepts=zstd+none")) as relaying:
-        migrate.send(open_source(work / "image.raw"), relaying.uri, "auto,accepts=zlib")
+        multifd.send(open_snapshot(work / "image.raw"), relaying.uri, "auto,accepts=zlib")
         there.join()
         result = relaying.result()
     assert (result.source, result.destination) == ("zlib", "zstd")
@@ -82,7 +84,7 @@ def test_one_migration_after_another(work: Path) -> None:
     with closing(Relaying(f"unix:{work}/there", migrations=3, to="zlib")) as relaying:
         for number in range(3):
             there = peers.Receiving(work / f"snap{number}", f"unix:{work}/there")
-            migrate.send(open_source(work / "image.raw"), relaying.uri, "zstd")
+            multifd.send(open_snapshot(work / "image.raw"), relaying.uri, "zstd")
             there.join()
             assert (work / f"snap{number}" / "0-pc.ram.raw").read_bytes() == content
         outcomes = relaying.join()
@@ -149,7 +151,7 @@ def test_what_an_earlier_migration_left_behind_is_dropped(work: Path) -> None:
             with peers.dial(relaying.uri) as late:
                 late.sendall(streams.init(0))
             assert peers.eventually(lambda: relaying.relay._current is not None and not relaying.connections())
-        migrate.send(open_source(work / "image.raw"), relaying.uri)
+        multifd.send(open_snapshot(work / "image.raw"), relaying.uri)
         there.join()
         assert relaying.result().confirmed
     assert (work / "snap" / "0-pc.ram.raw").read_bytes() == content
@@ -159,7 +161,7 @@ def test_nobody_at_the_destination(work: Path) -> None:
     images.write_memory(work)
     with closing(Relaying(f"unix:{work}/nobody", to="zlib")) as relaying:
         with pytest.raises(PeerError):
-            migrate.send(open_source(work / "image.raw"), relaying.uri)
+            multifd.send(open_snapshot(work / "image.raw"), relaying.uri)
         assert f"cannot connect to unix:{work}/nobody: No such file or directory" in relaying.error()
 
 
@@ -168,7 +170,7 @@ def test_a_destination_that_expects_another_method(work: Path) -> None:
     there = peers.Receiving(work / "snap", compressor="zlib")
     with closing(Relaying(there.uri, to="zstd")) as relaying:
         with pytest.raises(PeerError):
-            migrate.send(open_source(work / "image.raw"), relaying.uri)
+            multifd.send(open_snapshot(work / "image.raw"), relaying.uri)
         with pytest.raises(PeerError, match="the sender uses zstd, this side expects zlib"):
             there.join()
         assert "the destination" in relaying.error()
@@ -180,7 +182,7 @@ def test_a_source_of_another_method_than_said(work: Path) -> None:
     there = peers.Receiving(work / "snap", timeout=3)
     with closing(Relaying(there.uri, source="zlib", to="zstd")) as relaying:
         with pytest.raises(PeerError):
-            migrate.send(open_source(work / "image.raw"), relaying.uri, "zstd")
+            multifd.send(open_snapshot(work / "image.raw"), relaying.uri, "zstd")
         assert "the sender uses zstd, this side expects zlib" in relaying.error()
     with pytest.raises(PeerError):
         there.join()
@@ -234,7 +236,7 @@ def test_what_the_machine_is_short_of_ends_one_migration(
                 main.sendall(stream.main[:100])
                 assert peers.eventually(lambda: relaying.outcomes != [])
         receiving = peers.Receiving(work / "snap", f"unix:{work}/there")
-        migrate.send(open_source(work / "image.raw"), relaying.uri)
+        multifd.send(open_snapshot(work / "image.raw"), relaying.uri)
         receiving.join()
         failed, passed = relaying.join()
     assert isinstance(failed, HostError)
@@ -266,7 +268,7 @@ def test_zero_pages_that_the_source_did_not_mark(work: Path) -> None:
     content = images.write_memory(work)
     there = peers.Receiving(work / "snap")
     with closing(Relaying(there.uri, source="zlib", to="zlib", find_zero_pages=True)) as relaying:
-        sent = migrate.send(open_source(work / "image.raw"), relaying.uri, "zlib", zero_pages="none")
+        sent = multifd.send(open_snapshot(work / "image.raw"), relaying.uri, "zlib", zero_pages="none")
         arrived = there.join()
         result = relaying.result()
     zeros = sum(not any(content[at : at + 4096]) for at in range(0, len(content), 4096))
@@ -341,12 +343,12 @@ def test_metrics_add_up_over_migrations(work: Path) -> None:
     sent = arrived = 0
     with (
         closing(Relaying(f"unix:{work}/there", migrations=2, to="zstd")) as relaying,
-        metrics.serving("tcp:127.0.0.1:0", relaying.relay.counters) as uri,
+        serving("tcp:127.0.0.1:0", relaying.relay.counters) as uri,
     ):
         assert scrape(uri) == {"multifd_relay_active": 0}
         for number in range(2):
             there = peers.Receiving(work / f"snap{number}", f"unix:{work}/there")
-            result = migrate.send(open_source(work / "image.raw"), relaying.uri, "zlib")
+            result = multifd.send(open_snapshot(work / "image.raw"), relaying.uri, "zlib")
             sent += result.wire_bytes
             arrived += there.join().wire_bytes
         relaying.join()
@@ -354,7 +356,7 @@ def test_metrics_add_up_over_migrations(work: Path) -> None:
         with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen(f"http://{uri.removeprefix('tcp:')}/", timeout=peers.TIMEOUT)
         with pytest.raises(CallerError, match=f"cannot listen on {uri}: Address already in use"):
-            metrics.serving(uri, dict).__enter__()
+            serving(uri, dict).__enter__()
     assert found['multifd_relay_migrations_total{outcome="completed"}'] == 2
 
     def total(name: str, label: str = "") -> float:
@@ -373,7 +375,7 @@ def test_a_uuid_is_rewritten(work: Path) -> None:
     images.write_memory(work)
     there = peers.Receiving(work / "snap")
     with closing(Relaying(there.uri, uuid=bytes(range(16)))) as relaying:
-        migrate.send(open_source(work / "image.raw"), relaying.uri)
+        multifd.send(open_snapshot(work / "image.raw"), relaying.uri)
         there.join()
     assert '"uuid": "00010203-0405-0607-0809-0a0b0c0d0e0f"' in (work / "snap" / "snapshot.json").read_text()
 

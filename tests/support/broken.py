@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from multifd.errors import CompressorError, PeerError
-from multifd.flags import MAX_PAYLOAD, PACKET_SIZE
 from multifd.hookspecs import Channel, Facts, Option, Probe, hookimpl
-from multifd.wire import Buffer
+from multifd.wire.flags import MAX_PAYLOAD, PACKET_SIZE
+from multifd.wire.packet import Buffer
 
 PAGE = 4096
 HEAD = struct.Struct(">I")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from multifd import plugins
+from multifd.codec.compressor import Compressor
+from multifd.codec.selection import load
 from multifd.hookspecs import Channel
 from multifd.testing.harness import Receiver
 
@@ -16,7 +17,7 @@ class Pair:
     """A sending and a receiving channel of one compressor, joined by memory."""
 
     def __init__(self, name: str, settings: Mapping[str, str] = {}, *, page_size: int = PAGE, number: int = 0) -> None:
-        self.compressor = plugins.load(name)
+        self.compressor = load(name)
         self.sender = self.compressor.channel(number, page_size, self.compressor.settings(settings, sending=True))
         self.receiver = self.compressor.channel(number, page_size, self.compressor.settings(settings, sending=False))
         self.compressor.hook.multifd_send_setup(channel=self.sender)
@@ -40,7 +41,7 @@ class Pair:
         return Counter(self.sender.counts) + Counter(self.receiver.counts)
 
 
-def decode(compressor: plugins.Compressor, channel: Channel, payload: bytes, length: int) -> bytes:
+def decode(compressor: Compressor, channel: Channel, payload: bytes, length: int) -> bytes:
     """One payload through `multifd_recv`, which must read all of it."""
     pages = memoryview(bytearray(b"\xaa" * length))
     assert not Receiver(compressor, channel).recv(payload, pages)

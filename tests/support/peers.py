@@ -11,8 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from multifd import migrate
+import multifd
 from multifd.errors import MultifdError
+from multifd.jobs.report import Result
 
 TIMEOUT = 30
 
@@ -68,13 +69,13 @@ def play(
 
 
 class Receiving:
-    """`migrate.receive` in a thread, on a socket of its own; `uri` is where it listens.
+    """`multifd.receive` in a thread, on a socket of its own; `uri` is where it listens.
 
     Where `held`, it takes no connection before `go`: what was sent by then is there when its clocks start.
     """
 
     def __init__(self, output: Path, uri: str = "tcp:127.0.0.1:0", *, held: bool = False, **options: Any) -> None:
-        self.result: migrate.Result | None = None
+        self.result: Result | None = None
         self.error: MultifdError | None = None
         self._listening = threading.Event()
         self._going = threading.Event()
@@ -93,7 +94,7 @@ class Receiving:
             assert self._going.wait(TIMEOUT), "nobody let it go"
 
         try:
-            self.result = migrate.receive(uri, output, on_listening=listening, **options)
+            self.result = multifd.receive(uri, output, on_listening=listening, **options)
         except MultifdError as error:
             self.error = error
         finally:
@@ -103,7 +104,7 @@ class Receiving:
         """Take connections."""
         self._going.set()
 
-    def join(self) -> migrate.Result:
+    def join(self) -> Result:
         """Its result; raises its error."""
         self._thread.join(TIMEOUT)
         assert not self._thread.is_alive(), "receive hangs"

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import images
-from multifd import plugins
+from multifd.codec.selection import load
 from multifd.errors import CompressorError, MultifdError
 from multifd.testing.harness import Footprint
 from multifd_qatzip import library, members, software
@@ -283,7 +283,7 @@ def set_up_that_fails() -> dict[str, Any]:
 
     Pair("qatzip").close()  # the trial is behind us
     found.lib = Proxy(real, qzSetupSessionDeflate=lambda *_: -104, qzTeardownSession=teardown)
-    compressor = plugins.load("qatzip")
+    compressor = load("qatzip")
     result: dict[str, Any] = {"errors": []}
     for hook in (compressor.hook.multifd_send_setup, compressor.hook.multifd_recv_setup):
         channel = compressor.channel(0, PAGE, compressor.settings({"sw-fallback": "off"}, sending=True))

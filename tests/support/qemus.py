@@ -11,7 +11,7 @@ from pathlib import Path
 
 import images
 from multifd.errors import MultifdError
-from multifd.qmp import Monitor
+from multifd.qemu.monitor import Monitor
 from standin import TOP, fetch
 
 RELEASES = ("7.2", "10.0")

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import peers
+from multifd import Relay
 from multifd.errors import MultifdError
-from multifd.relay import Relay, Relayed
+from multifd.jobs.relay.migration import Relayed
 
 
 class Relaying:

@@ -19,6 +19,15 @@ def multifd_probe():
     return Probe(True, "lib", "1.0", hardware={hardware})
 """
 
+#: What snippets on compressors begin with.
+IMPORTS = """
+from multifd.codec.probing import probe_all
+from multifd.codec.readers import select_for_flag
+from multifd.codec.selection import load, select
+from multifd.codec.settings import Spec
+from multifd.effort.choice import Choice, best
+"""
+
 
 class Site:
     """A directory of installed distributions, seen by child processes only."""
@@ -54,7 +63,7 @@ class Site:
         return {row["name"]: row for row in json.loads(result.stdout)}
 
     def error(self, code: str) -> str:
-        """What a snippet on `plugins` raises."""
-        result = self.run("-c", f"from multifd import plugins\n{code}")
+        """What a snippet on compressors raises."""
+        result = self.run("-c", f"{IMPORTS}{code}")
         assert result.returncode == 1
         return result.stderr.splitlines()[-1]

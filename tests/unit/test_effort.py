@@ -12,11 +12,16 @@ from typing import Any
 
 import pytest
 
-from multifd import migrate, plugins
-from multifd.effort import Choice, Effort, looks_random
+import multifd
+from multifd import open_snapshot
+from multifd.codec.compressor import Compressor
+from multifd.codec.probing import probe_all
+from multifd.codec.settings import Settings
+from multifd.effort.choice import Choice
+from multifd.effort.controller import Effort
+from multifd.effort.sampling import looks_random
 from multifd.errors import CompressorError, HostError, UsageError
-from multifd.plugins import Settings
-from multifd.snapshot import open_source
+from multifd.hookspecs import Facts, hookimpl
 from pairs import PAGE
 
 PACKET = 512 * 1024
@@ -30,9 +35,10 @@ class Simulated:
 
     name = "simulated"
 
-    def measure(self, settings: Settings, *_: object) -> tuple[float, float]:
-        assert settings.level is not None
-        return COSTS[settings.level]
+
+def known_costs(_: object, settings: Settings, *__: object) -> tuple[float, float]:
+    assert settings.level is not None
+    return COSTS[settings.level]
 
 
 @dataclass
@@ -48,7 +54,7 @@ class World:
     def __post_init__(self) -> None:
         compressor = Simulated()
         ways: Any = [(compressor, Settings(level, {})) for level in COSTS]
-        self.effort = Effort(Choice("simulated", ways), clock=lambda: self.now)
+        self.effort = Effort(Choice("simulated", ways), clock=lambda: self.now, measure=known_costs)
         self._free = 0.0
         self._due = [(0.0, channel) for channel in range(self.channels)]
         for _ in self._due:
@@ -175,28 +181,35 @@ def test_a_packet_that_will_not_shrink_is_seen() -> None:
 def test_what_cannot_be_chosen(work: Path, how: str, error: type[Exception], message: str) -> None:
     (work / "image.raw").write_bytes(bytes(PAGE))
     with pytest.raises(error, match=message):
-        migrate.send(open_source(work / "image.raw"), f"unix:{work}/nobody", how)
+        multifd.send(open_snapshot(work / "image.raw"), f"unix:{work}/nobody", how)
 
 
 def test_adaptive_needs_one_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("multifd.effort.probe_all", lambda _: [])
+    monkeypatch.setattr("multifd.effort.choice.probe_all", lambda _: [])
     with pytest.raises(HostError, match="adaptive: no compressor that the peer accepts works here"):
         Choice.parse("adaptive,accepts=uadk", bytes)
 
 
 def test_one_compressor_for_each_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     """The receiver has one decoder for a flag: two that take turns would each go on with the other's stream."""
-    row = plugins.probe_all(["zlib"])[0]
+    row = probe_all(["zlib"])[0]
     rows = [row, row | {"name": "qatzip-sw", "hardware": True}, row | {"name": "zstd", "flag": 31, "method": "a"}]
     rows.append(row | {"name": "qpl-sw", "flag": 31, "method": "b"})
-    monkeypatch.setattr("multifd.effort.probe_all", lambda _: rows)
+    monkeypatch.setattr("multifd.effort.choice.probe_all", lambda _: rows)
     assert {compressor.name for compressor, _ in Choice.parse("adaptive", bytes).ways} == {"qatzip-sw"}
 
 
-def test_one_that_fails_to_store_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a compressor raises while it is measured names it."""
-    compressor = plugins.load("zlib")
-    monkeypatch.setattr(compressor, "measure", lambda *_: (_ for _ in ()).throw(CompressorError("broken")))
+def test_one_that_fails_while_it_is_measured_is_told() -> None:
+    class Broken:
+        @hookimpl
+        def multifd_compressor(self) -> Facts:
+            return Facts("broken", "broken", 31, "fails", levels=range(3), default_level=1, ladder=(0, 1))
+
+        @hookimpl
+        def multifd_send_prepare(self) -> None:
+            raise CompressorError("no device really")
+
+    compressor = Compressor("broken", Broken(), "test 1")
     chosen = Effort(Choice.of(compressor, compressor.settings({"level": "adaptive"}, sending=True)))
-    with pytest.raises(CompressorError, match="broken"):
+    with pytest.raises(CompressorError, match="multifd_send_prepare: broken: no device really"):
         chosen.choose([memoryview(bytes(PACKET))], PAGE)

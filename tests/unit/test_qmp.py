@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 import peers
-from multifd import qmp
 from multifd.errors import PeerError
+from multifd.qemu.driver import Source
+from multifd.qemu.monitor import Monitor
 
 Answer = Callable[[str, dict[str, Any]], dict[str, Any]]
 
@@ -55,7 +56,7 @@ def test_a_late_answer_is_not_that_of_the_next_command(work: Path) -> None:
             given_up.wait(peers.TIMEOUT)
         return {"return": name}
 
-    with monitor(work, answer) as where, qmp.Monitor(where, timeout=2) as client:
+    with monitor(work, answer) as where, Monitor(where, timeout=2) as client:
         with pytest.raises(PeerError, match="nothing moved"):
             client.command("late")
         given_up.set()
@@ -70,7 +71,7 @@ def test_nothing_is_changed_where_the_guest_is_not_known_to_run(work: Path) -> N
         return {"error": {"desc": "not now"}} if name == "query-status" else {"return": {}}
 
     with monitor(work, answer) as where, pytest.raises(PeerError, match="query-status: QEMU says: not now"):
-        qmp.Source(where, channels=2, method=None, timeout=peers.TIMEOUT)
+        Source(where, channels=2, method=None, timeout=peers.TIMEOUT)
     assert asked == ["qmp_capabilities", "query-status"]
 
 
@@ -92,7 +93,7 @@ def test_a_setting_that_is_not_put_back_is_told_and_the_others_are(work: Path) -
         return {"return": {}}
 
     with monitor(work, answer) as where:
-        driver = qmp.Source(where, channels=2, method=None, timeout=peers.TIMEOUT)
+        driver = Source(where, channels=2, method=None, timeout=peers.TIMEOUT)
         with (
             pytest.warns(RuntimeWarning, match="not put back as it was: multifd-channels: .*QEMU says: not now"),
             driver,

@@ -7,31 +7,35 @@ from itertools import pairwise
 
 import pytest
 
-from multifd import ram
 from multifd.errors import PeerError
-from multifd.flags import PACKET_SIZE
-from multifd.wire import RamPacket
+from multifd.memory import runs
+from multifd.memory.arrivals import Arrivals
+from multifd.memory.buffer import packet_buffer
+from multifd.memory.zeropages import part, zero_indexes
+from multifd.wire.block import Block, check_blocks, check_packet
+from multifd.wire.flags import PACKET_SIZE
+from multifd.wire.packet import RamPacket
 
 PAGE = 4096
-BLOCKS = {"pc.ram": ram.Block("pc.ram", 16 * PAGE), "big": ram.Block("big", 1 << 40)}
+BLOCKS = {"pc.ram": Block("pc.ram", 16 * PAGE), "big": Block("big", 1 << 40)}
 
 
 def test_runs_join_neighbours_and_keep_the_order() -> None:
-    assert ram.runs([], PAGE) == []
-    assert ram.runs([PAGE], PAGE) == [(PAGE, PAGE)]
-    assert ram.runs([0, PAGE, 2 * PAGE], PAGE) == [(0, 3 * PAGE)]
-    assert ram.runs([8 * PAGE, 0, PAGE, 3 * PAGE], PAGE) == [(8 * PAGE, PAGE), (0, 2 * PAGE), (3 * PAGE, PAGE)]
-    assert ram.runs([PAGE, PAGE], PAGE) == [(PAGE, PAGE), (PAGE, PAGE)]
-    assert ram.runs([2 * PAGE, PAGE, 0], PAGE) == [(2 * PAGE, PAGE), (PAGE, PAGE), (0, PAGE)]
+    assert runs.runs([], PAGE) == []
+    assert runs.runs([PAGE], PAGE) == [(PAGE, PAGE)]
+    assert runs.runs([0, PAGE, 2 * PAGE], PAGE) == [(0, 3 * PAGE)]
+    assert runs.runs([8 * PAGE, 0, PAGE, 3 * PAGE], PAGE) == [(8 * PAGE, PAGE), (0, 2 * PAGE), (3 * PAGE, PAGE)]
+    assert runs.runs([PAGE, PAGE], PAGE) == [(PAGE, PAGE), (PAGE, PAGE)]
+    assert runs.runs([2 * PAGE, PAGE, 0], PAGE) == [(2 * PAGE, PAGE), (PAGE, PAGE), (0, PAGE)]
     # Same first and last as a run, but not one.
-    assert ram.runs([0, 2 * PAGE, PAGE, 3 * PAGE], PAGE) == [(n * PAGE, PAGE) for n in (0, 2, 1, 3)]
+    assert runs.runs([0, 2 * PAGE, PAGE, 3 * PAGE], PAGE) == [(n * PAGE, PAGE) for n in (0, 2, 1, 3)]
 
 
 def test_runs_of_anything_give_the_offsets_back() -> None:
     mix = random.Random(3)
     for _ in range(300):
         offsets = [mix.randrange(24) * PAGE for _ in range(mix.randrange(1, 40))]
-        found = ram.runs(offsets, PAGE)
+        found = runs.runs(offsets, PAGE)
         assert [at for start, length in found for at in range(start, start + length, PAGE)] == offsets
         assert all(start + length != after for (start, length), (after, _) in pairwise(found))
 
@@ -39,26 +43,36 @@ def test_runs_of_anything_give_the_offsets_back() -> None:
 @pytest.mark.parametrize("page_size", [4096, 16384, 65536])
 def test_zero_pages_are_found_whatever_byte_is_set(page_size: int) -> None:
     count = PACKET_SIZE // page_size
-    memory = memoryview(ram.packet_buffer())
-    assert list(ram.zero_indexes(memory, page_size)) == list(range(count))
+    memory = memoryview(packet_buffer())
+    assert list(zero_indexes(memory, page_size)) == list(range(count))
     for byte in (0, 1, 7, 8, page_size // 2, page_size - 1):
         memory[3 * page_size + byte] = 1
-        assert list(ram.zero_indexes(memory, page_size)) == [index for index in range(count) if index != 3]
+        assert list(zero_indexes(memory, page_size)) == [index for index in range(count) if index != 3]
         memory[3 * page_size + byte] = 0
     memory[:] = b"\1" * len(memory)
-    assert list(ram.zero_indexes(memory, page_size)) == []
-    assert list(ram.zero_indexes(memory[: 2 * page_size], page_size)) == []
+    assert list(zero_indexes(memory, page_size)) == []
+    assert list(zero_indexes(memory[: 2 * page_size], page_size)) == []
 
 
-def test_without_says_what_is_left() -> None:
-    assert ram.without([], 3) == [(0, 3)]
-    assert ram.without([0, 1, 2], 3) == []
-    assert ram.without([1, 4], 6) == [(0, 1), (2, 4), (5, 6)]
+def test_zero_pages_are_parted_from_the_others() -> None:
+    def parted(kinds: str) -> tuple[list[bytes], tuple[int, ...], tuple[int, ...]]:
+        """`0` is a zero page, anything else a page of it."""
+        pages = b"".join((bytes(PAGE) if kind == "0" else kind.encode() * PAGE) for kind in kinds)
+        runs, normal, zero = part(memoryview(pages), PAGE, range(7 * PAGE, (7 + len(kinds)) * PAGE, PAGE))
+        return (
+            [bytes(run[::PAGE]) for run in runs],
+            tuple(at // PAGE for at in normal),
+            tuple(at // PAGE for at in zero),
+        )
+
+    assert parted("abc") == ([b"abc"], (7, 8, 9), ())
+    assert parted("000") == ([], (), (7, 8, 9))
+    assert parted("a0bc0d") == ([b"a", b"bc", b"d"], (7, 9, 10, 12), (8, 11))
 
 
 def test_a_packet_is_checked_before_it_is_used() -> None:
-    def check(block: str, *offsets: int) -> ram.Block:
-        return ram.check_packet(BLOCKS, RamPacket(ramblock=block, normal=offsets[:1], zero=offsets[1:]), PAGE)
+    def check(block: str, *offsets: int) -> Block:
+        return check_packet(BLOCKS, RamPacket(ramblock=block, normal=offsets[:1], zero=offsets[1:]), PAGE)
 
     assert check("pc.ram", 0, 15 * PAGE) is BLOCKS["pc.ram"]
     assert check("big", (1 << 40) - PAGE) is BLOCKS["big"]
@@ -74,14 +88,14 @@ def test_a_packet_is_checked_before_it_is_used() -> None:
 
 def test_block_lists_that_no_source_sends() -> None:
     with pytest.raises(PeerError, match="listed twice"):
-        ram.check_blocks([ram.Block("a", PAGE), ram.Block("a", PAGE)], PAGE)
+        check_blocks([Block("a", PAGE), Block("a", PAGE)], PAGE)
     for length in (0, 100, PAGE + 1):
         with pytest.raises(PeerError, match=f"{length} bytes"):
-            ram.check_blocks([ram.Block("a", length)], PAGE)
+            check_blocks([Block("a", length)], PAGE)
 
 
 def test_arrivals_know_never_before_and_this_epoch() -> None:
-    pages = ram.Arrivals(8)
+    pages = Arrivals(8)
     assert pages.missing() == (8, 0)
     assert pages.mark(0, 4) == (False, set())
     assert pages.mark(3, 2) == (True, {3})
@@ -93,7 +107,7 @@ def test_arrivals_know_never_before_and_this_epoch() -> None:
 
 
 def test_arrivals_stay_right_over_more_epochs_than_a_byte_counts() -> None:
-    pages = ram.Arrivals(3)
+    pages = Arrivals(3)
     pages.mark(0, 1)
     for epoch in range(1000):
         pages.next_epoch()

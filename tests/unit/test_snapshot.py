@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
-from multifd import snapshot
+import multifd
 from multifd.errors import CallerError, HostError, PeerError
-from multifd.ram import Block
+from multifd.snapshot import writer
+from multifd.snapshot.writer import SnapshotWriter
+from multifd.wire.block import Block
 
 PAGE = 4096
 
@@ -22,13 +24,13 @@ def page(fill: int) -> memoryview:
     return memoryview(bytes([fill]) * PAGE)
 
 
-def make(path: Path, *blocks: Block) -> snapshot.SnapshotWriter:
-    writer = snapshot.SnapshotWriter(path, PAGE)
+def make(path: Path, *blocks: Block) -> SnapshotWriter:
+    writer = SnapshotWriter(path, PAGE)
     writer.create_blocks(blocks or [Block("pc.ram", 8 * PAGE)])
     return writer
 
 
-def complete(writer: snapshot.SnapshotWriter) -> None:
+def complete(writer: SnapshotWriter) -> None:
     writer.complete(b"\7\0\0\0\0", uuid=bytes(range(16)), machine="pc-q35-10.0", sync="round", transfer={})
 
 
@@ -68,7 +70,7 @@ def test_discard_keeps_what_was_completed(work: Path) -> None:
     writer = make(work / "snap")
     complete(writer)
     writer.discard()
-    assert snapshot.open_source(work / "snap").machine == "pc-q35-10.0"
+    assert multifd.open_snapshot(work / "snap").machine == "pc-q35-10.0"
 
 
 @pytest.mark.parametrize("what", ["file", "full directory", "no parent"])
@@ -83,7 +85,7 @@ def test_a_taken_name_is_refused_before_anything_is_written(work: Path, what: st
         path = work / "nowhere" / "snap"
     before = sorted(work.rglob("*"))
     with pytest.raises(CallerError, match=r"exists already: remove it|create it first"):
-        snapshot.SnapshotWriter(path, PAGE)
+        SnapshotWriter(path, PAGE)
     assert sorted(work.rglob("*")) == before
 
 
@@ -161,7 +163,7 @@ def test_a_full_disk_is_named(tiny_disk: Path) -> None:
 
 
 def test_a_block_no_file_can_hold(work: Path) -> None:
-    writer = snapshot.SnapshotWriter(work / "snap", PAGE)
+    writer = SnapshotWriter(work / "snap", PAGE)
     with pytest.raises(HostError, match=r"larger than this file system|disk is full|Invalid|allocate"):
         writer.create_blocks([Block("pc.ram", (1 << 63) - PAGE)])
     writer.discard()
@@ -176,20 +178,20 @@ def test_a_raw_image(tmp_path: Path, size: int, says: str | None) -> None:
     image = tmp_path / "image.raw"
     image.write_bytes(bytes(size))
     if says is None:
-        (block,) = snapshot.open_source(image, block="mem").blocks
+        (block,) = multifd.open_snapshot(image, block="mem").blocks
         assert block.block == Block("mem", PAGE)
     else:
         with pytest.raises(CallerError, match=says):
-            snapshot.open_source(image)
+            multifd.open_snapshot(image)
 
 
 def test_what_is_no_source(tmp_path: Path) -> None:
     with pytest.raises(CallerError, match="No such file"):
-        snapshot.open_source(tmp_path / "nothing")
+        multifd.open_snapshot(tmp_path / "nothing")
     with pytest.raises(CallerError, match=r"holds no snapshot\.json"):
-        snapshot.open_source(tmp_path)
+        multifd.open_snapshot(tmp_path)
     with pytest.raises(CallerError, match="neither a file nor"):
-        snapshot.open_source("/dev/null")
+        multifd.open_snapshot("/dev/null")
 
 
 @pytest.mark.parametrize(
@@ -215,11 +217,11 @@ def test_a_damaged_snapshot_is_refused(work: Path, change: dict[str, Any] | None
     index = work / "snap" / "snapshot.json"
     index.write_text("{" if change is None else json.dumps(json.loads(index.read_text()) | change))
     with pytest.raises(CallerError, match=says):
-        snapshot.open_source(work / "snap")
+        multifd.open_snapshot(work / "snap")
 
 
 def test_nothing_is_left_where_the_first_file_cannot_be_made(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapshot, "DEVICE_STATE", "no such directory/state")
+    monkeypatch.setattr(writer, "DEVICE_STATE", "no such directory/state")
     with pytest.raises(HostError, match="No such file"):
-        snapshot.SnapshotWriter(work / "snap", PAGE)
+        SnapshotWriter(work / "snap", PAGE)
     assert os.listdir(work) == []

@@ -8,28 +8,31 @@ import pytest
 
 import streams
 from captures import CAPTURES, Capture
-from multifd import stream
 from multifd.errors import PeerError
-from multifd.ram import Block
+from multifd.wire.block import Block
+from multifd.wire.events import BlockList, Configuration, DeviceState, Event, SyncPoint, ZeroPages
+from multifd.wire.mainchannel import Parser, find_description
+from multifd.wire.returnpath import ReturnPathParser, pong, shut
+from multifd.wire.writer import Writer
 
 
-def events_of(data: bytes, piece: int = 1 << 20) -> tuple[list[stream.Event], stream.Parser]:
-    parser = stream.Parser()
-    found: list[stream.Event] = []
+def events_of(data: bytes, piece: int = 1 << 20) -> tuple[list[Event], Parser]:
+    parser = Parser()
+    found: list[Event] = []
     for at in range(0, len(data), piece):
         parser.feed(data[at : at + piece])
         found += parser.events()
     return found, parser
 
 
-def summary(events: list[stream.Event]) -> tuple[list[object], bytes]:
+def summary(events: list[Event]) -> tuple[list[object], bytes]:
     """Events with device state joined and zero pages apart, so that pieces do not matter."""
-    state = b"".join(event.data for event in events if isinstance(event, stream.DeviceState))
+    state = b"".join(event.data for event in events if isinstance(event, DeviceState))
     rest: list[object] = []
     for event in events:
-        if isinstance(event, stream.ZeroPages):
+        if isinstance(event, ZeroPages):
             rest += [(event.idstr, offset) for offset in event.offsets]
-        elif not isinstance(event, stream.DeviceState):
+        elif not isinstance(event, DeviceState):
             rest.append(event)
     return rest, state
 
@@ -40,13 +43,13 @@ def test_captures_are_read_as_their_manifest_says(capture: Capture) -> None:
     events, parser = events_of(main)
     facts = capture.facts
     rest, state = summary(events)
-    assert isinstance(rest[0], stream.Configuration)
+    assert isinstance(rest[0], Configuration)
     assert rest[0].machine == facts["machine"]
-    (blocks,) = (event.blocks for event in events if isinstance(event, stream.BlockList))
+    (blocks,) = (event.blocks for event in events if isinstance(event, BlockList))
     assert [(block.idstr, block.used_length) for block in blocks] == [
         (block["name"], block["length"]) for block in facts["blocks"]
     ]
-    assert rest.count(stream.SyncPoint()) == facts["sync_points"]
+    assert rest.count(SyncPoint()) == facts["sync_points"]
     assert sum(isinstance(event, tuple) for event in rest) == facts["main_channel_zero_pages"]
     assert f"per {parser.sync}" == facts["sync"]
     assert state == main[facts["device_state_offset"] :]
@@ -73,7 +76,7 @@ def test_pieces_do_not_matter(piece: int) -> None:
     events, parser = events_of(data, piece)
     assert summary(events) == whole
     assert parser.complete
-    assert whole[0].count(stream.SyncPoint()) == 5
+    assert whole[0].count(SyncPoint()) == 5
     assert whole[1] == streams.DEVICE_STATE + streams.description()
 
 
@@ -166,18 +169,18 @@ def test_the_description_is_found_by_its_length() -> None:
         text = b'{"a":"' + b"x" * (length - 8) + b'"}'
         tail = b"\0\6\0\0\0\2{}" + b"state\0\6" + b"\0\6" + struct.pack(">I", len(text)) + text if length > 8 else None
         if tail is not None:
-            found = stream.find_description(tail)
+            found = find_description(tail)
             assert found is not None
             assert len(found["a"]) == length - 8
-    assert stream.find_description(b"\0\6\0\0\0\3{}") is None
-    assert stream.find_description(b"\0\6\0\0\0\2[]") is None
-    assert stream.find_description(b"}") is None
+    assert find_description(b"\0\6\0\0\0\3{}") is None
+    assert find_description(b"\0\6\0\0\0\2[]") is None
+    assert find_description(b"}") is None
 
 
 @pytest.mark.parametrize("sync", ["round", "section"])
 @pytest.mark.parametrize("page_size", [4096, 16384, 65536])
 def test_what_the_writer_makes_another_reader_takes(sync: str, page_size: int) -> None:
-    writer = stream.Writer(page_size, sync)
+    writer = Writer(page_size, sync)
     blocks = [Block("pc.ram", 6 << 30), Block("vga", 16 * page_size)]
     far = 5 << 30
     data = writer.head() + writer.open_return_path() + writer.ram_start(blocks) + writer.ram_end()
@@ -193,20 +196,20 @@ def test_what_the_writer_makes_another_reader_takes(sync: str, page_size: int) -
     assert [event for event in rest if isinstance(event, tuple)] == [
         ("pc.ram", 0), ("pc.ram", far), ("vga", page_size), ("vga", 0)
     ]  # fmt: skip
-    assert stream.BlockList(tuple(blocks)) in rest
+    assert BlockList(tuple(blocks)) in rest
     by_hand = b"\x03" + struct.pack(">I", 1) + streams.zero_word(0, "pc.ram") + streams.zero_word(far)
     assert by_hand in data
 
 
 def test_the_return_path_is_read_in_any_pieces() -> None:
     for piece in (1, 3, 8, 100):
-        parser = stream.ReturnPathParser()
-        data = stream.pong(1) + stream.shut(7)
+        parser = ReturnPathParser()
+        data = pong(1) + shut(7)
         for at in range(0, len(data), piece):
             assert parser.shut is None
             parser.feed(data[at : at + piece])
         assert parser.shut == 7
-    assert stream.shut(0) == bytes.fromhex("0001000400000000")
-    assert stream.pong(1) == bytes.fromhex("0002000400000001")
+    assert shut(0) == bytes.fromhex("0001000400000000")
+    assert pong(1) == bytes.fromhex("0002000400000001")
     with pytest.raises(PeerError, match="SHUT with 0 bytes"):
-        stream.ReturnPathParser().feed(bytes.fromhex("00010000"))
+        ReturnPathParser().feed(bytes.fromhex("00010000"))

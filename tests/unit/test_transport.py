@@ -15,7 +15,11 @@ import pytest
 
 import peers
 from multifd.errors import CallerError, HostError
-from multifd.transport import ACCEPT_AGAIN, Listener, Silence, SocketConnection, Uri, connect
+from multifd.net.connect import connect
+from multifd.net.deadline import Silence
+from multifd.net.listener import ACCEPT_AGAIN, Listener
+from multifd.net.socket import SocketConnection
+from multifd.net.uri import Uri
 
 
 def test_a_writer_hears_of_a_reset_at_once() -> None:

@@ -7,18 +7,19 @@ import struct
 import pytest
 
 import streams
-from multifd import flags, wire
 from multifd.errors import PeerError
+from multifd.wire.flags import method_number
+from multifd.wire.packet import InitPacket, RamPacket, header_length, is_device_state
 
 
 @pytest.mark.parametrize(("page_size", "length"), [(1024, 4416), (4096, 1344), (8192, 832), (16384, 576), (65536, 384)])
 def test_header_length_follows_the_page_size(page_size: int, length: int) -> None:
-    assert wire.header_length(page_size) == length
+    assert header_length(page_size) == length
 
 
 def test_init_packet_is_the_specifications() -> None:
-    assert wire.InitPacket(streams.UUID, 7).pack() == streams.init(7)
-    assert wire.InitPacket.unpack(streams.init(254)) == wire.InitPacket(streams.UUID, 254)
+    assert InitPacket(streams.UUID, 7).pack() == streams.init(7)
+    assert InitPacket.unpack(streams.init(254)) == InitPacket(streams.UUID, 254)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,7 @@ def test_init_packet_is_the_specifications() -> None:
 )
 def test_wrong_init_packet_names_both_values(data: bytes, says: str) -> None:
     with pytest.raises(PeerError, match=says):
-        wire.InitPacket.unpack(data)
+        InitPacket.unpack(data)
 
 
 @pytest.mark.parametrize("page_size", [4096, 16384, 65536])
@@ -38,29 +39,29 @@ def test_wrong_init_packet_names_both_values(data: bytes, says: str) -> None:
 def test_ram_packet_is_the_specifications(page_size: int, method: str) -> None:
     far = 5 << 30  # beyond 4 GiB
     normal, zero = (far, 0, 3 * page_size), (far + page_size, 2 * page_size)
-    packet = wire.RamPacket(
+    packet = RamPacket(
         streams.METHODS[method], packet_num=9, ramblock="/rom@etc/x", normal=normal, zero=zero, next_packet_size=321
     )
     by_hand = streams.packet(normal, zero, block="/rom@etc/x", method=method, page_size=page_size, size=321, number=9)
     assert packet.pack(page_size) == by_hand
-    assert wire.RamPacket.unpack(by_hand, page_size) == packet
+    assert RamPacket.unpack(by_hand, page_size) == packet
 
 
 def test_sync_packet_names_no_method_and_no_page() -> None:
-    assert wire.RamPacket(method=2, sync=True, packet_num=3).pack(4096) == streams.sync(number=3)
+    assert RamPacket(method=2, sync=True, packet_num=3).pack(4096) == streams.sync(number=3)
 
 
 def test_qemu_before_9_0_leaves_old_numbers_behind() -> None:
     """QEMU 7.2: a SYNC with the previous packet's size, name and offsets, alloc 128."""
     stale = streams.packet([4096] * 3, block="pc.ram", size=12288, flags=1, counts=(0, 0))
-    assert wire.RamPacket.unpack(stale, 4096) == wire.RamPacket(sync=True)
+    assert RamPacket.unpack(stale, 4096) == RamPacket(sync=True)
     with_data = streams.packet([8192], size=77, flags=0x02 | 1)
-    packet = wire.RamPacket.unpack(with_data, 4096)
+    packet = RamPacket.unpack(with_data, 4096)
     assert (packet.sync, packet.normal, packet.next_packet_size, packet.method) == (True, (8192,), 77, 1)
 
 
 def test_unknown_flag_bits_are_ignored() -> None:
-    assert wire.RamPacket.unpack(streams.packet([0], size=1, flags=0x04 | 0xFFFFFF80), 4096).method == 2
+    assert RamPacket.unpack(streams.packet([0], size=1, flags=0x04 | 0xFFFFFF80), 4096).method == 2
 
 
 @pytest.mark.parametrize(
@@ -79,21 +80,21 @@ def test_unknown_flag_bits_are_ignored() -> None:
 )
 def test_a_lying_header_is_refused(data: bytes, says: str) -> None:
     with pytest.raises(PeerError, match=says):
-        wire.RamPacket.unpack(data[: wire.header_length(4096)], 4096)
+        RamPacket.unpack(data[: header_length(4096)], 4096)
 
 
 def test_too_many_pages_are_not_packed() -> None:
     with pytest.raises(ValueError, match="129 pages"):
-        wire.RamPacket(normal=tuple(range(0, 129 * 4096, 4096)), ramblock="r").pack(4096)
+        RamPacket(normal=tuple(range(0, 129 * 4096, 4096)), ramblock="r").pack(4096)
 
 
 def test_a_device_state_packet_is_told_from_a_ram_packet() -> None:
-    assert wire.is_device_state(struct.pack(">III", streams.MAGIC, 1, 0x40))
-    assert not wire.is_device_state(streams.sync()[:12])
+    assert is_device_state(struct.pack(">III", streams.MAGIC, 1, 0x40))
+    assert not is_device_state(streams.sync()[:12])
 
 
 @pytest.mark.parametrize(
     ("word", "number"), [(0x00, 0), (0x02, 1), (0x04, 2), (0x08, 4), (0x10, 8), (0x20, 16), (0x3E, 31)]
 )
 def test_the_method_is_a_number_within_the_flags(word: int, number: int) -> None:
-    assert flags.method_number(word | 0x41) == number
+    assert method_number(word | 0x41) == number

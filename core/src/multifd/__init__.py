@@ -41,9 +41,7 @@ def __getattr__(name: str) -> Any:
 
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
-    from multifd import _compat
-
-    if f"multifd.{name}" in _compat.MOVED:
+    if f"multifd.{name}" in import_module("multifd._compat").MOVED:
         return import_module(f"multifd.{name}")
     raise AttributeError(f"module 'multifd' has no attribute {name!r}")
 
@@ -53,11 +51,11 @@ class _OldModules:
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> Any:  # noqa: ARG004
-        if not name.startswith("multifd."):
+        if not name.startswith("multifd.") or name == "multifd._compat":
             return None
-        from multifd import _compat
+        from multifd._compat import find_spec
 
-        return _compat.find_spec(name)
+        return find_spec(name)
 
 
 sys.meta_path.append(_OldModules)

@@ -58,6 +58,10 @@ BUSY = 0.75
 IDLE = 0.4
 
 
+#: As `codec.measure.measure`.
+Measure = Callable[[Compressor, Settings, memoryview, int, Callable[[], float]], tuple[float, float]]
+
+
 @dataclass(slots=True, eq=False)
 class Rung:
     """One way to compress.
@@ -98,7 +102,9 @@ class _Seen:
 class Effort:
     """The rung at hand for all sending channels of one migration; any thread may call it."""
 
-    def __init__(self, choice: Choice, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, choice: Choice, clock: Callable[[], float] = time.perf_counter, measure: Measure = measure
+    ) -> None:
         self.rungs = [Rung(compressor, settings) for compressor, settings in choice.ways]
         #: Whether there is something to choose, and what was, for how many packets.
         self.ladder = len(self.rungs) > 1
@@ -106,6 +112,7 @@ class Effort:
         self._store = self._now = self.rungs[0]
         self._once = choice.once
         self._clock = clock
+        self._measurement = measure
         self._cores = len(os.sched_getaffinity(0))
         self._measuring = threading.Lock()
         self._lock = threading.Lock()
@@ -199,7 +206,9 @@ class Effort:
                 self._interval.idle += seconds
 
     def _measure(self, data: memoryview, page_size: int) -> None:
-        found = [measure(rung.compressor, rung.settings, data, page_size, time.thread_time) for rung in self.rungs]
+        found = [
+            self._measurement(rung.compressor, rung.settings, data, page_size, time.thread_time) for rung in self.rungs
+        ]
         with self._lock:
             if not self._samples:
                 self._interval = _Interval(math.inf)
