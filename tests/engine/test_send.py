@@ -251,9 +251,9 @@ class Huge:
 
 
 def test_a_payload_no_receiver_takes_is_not_sent(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from multifd import plugins
+    from multifd.codec.compressor import Compressor
 
-    huge = plugins.Compressor("huge", Huge(), "test 1")
+    huge = Compressor("huge", Huge(), "test 1")
     monkeypatch.setattr(choice, "select", lambda *_, **__: (huge, huge.settings({}, sending=True)))
     there = peers.Keeping(2, b"")
     fails(

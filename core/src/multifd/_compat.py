@@ -49,6 +49,10 @@ MOVED: dict[str, tuple[str, ...]] = {
 }
 
 
+#: Modules that show what others define.
+PROMISED = ("multifd", "multifd.hookspecs")
+
+
 def find_spec(name: str) -> ModuleSpec | None:
     """For the import system: a module of 0.1 that is none any more."""
     return ModuleSpec(name, _Loader()) if name in MOVED else None  # type: ignore[arg-type]
@@ -82,7 +86,8 @@ def older(module: str) -> Callable[[str], Any]:
             if (renamed and old != name) or home == module:
                 continue
             found = getattr(import_module(home), new or name, None)
-            if found is not None:
+            at_home = home in PROMISED or getattr(found, "__module__", home) == home or found.__module__ == "types"
+            if found is not None and at_home:
                 warnings.warn(
                     f"{module}.{name} is {home}.{new or name} now; the old name goes with multifd 0.3",
                     DeprecationWarning,
