@@ -96,6 +96,8 @@ BOMB = """
 import struct, sys, zlib
 sys.path.insert(0, {tests!r})
 import pairs, streams
+from multifd.codec.selection import select
+from multifd.codec.settings import Spec
 from multifd.errors import CompressorError
 from multifd.testing import harness
 

@@ -257,6 +257,7 @@ def test_without_cffis_backend_the_probe_says_so(method: str) -> None:
     code = f"""
 import sys
 sys.modules["_cffi_backend"] = None
+from multifd.codec.selection import load
 found = load({method!r})
 print(found.probe(found.settings({{}}, sending=True)).reason)
 """

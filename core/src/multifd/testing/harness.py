@@ -343,7 +343,12 @@ class Footprint:
         gc.collect()
         with suppress(AttributeError):  # glibc's
             ctypes.CDLL(None).malloc_trim(0)
-        return cls(_status("VmRSS"), frozenset(descriptors()), len(os.listdir("/proc/self/task")))
+        return cls(_status("VmRSS"), frozenset(descriptors()), threads_now())
+
+
+def threads_now() -> int:
+    """How many threads the process has, a library's too."""
+    return len(os.listdir("/proc/self/task"))
 
 
 def descriptors() -> Iterator[str]:

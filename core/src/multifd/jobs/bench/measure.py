@@ -77,6 +77,7 @@ class Codec:
         self._memory = _Memory()
         self._decoder = Decoder(0, self._memory, Readers((compressor, compressor.settings({}, sending=False))))
         self._buffer = packet_buffer()
+        self._packets = 0
         self.encoding = Spent()
         self.decoding = Spent()
 
@@ -94,7 +95,8 @@ class Codec:
     def decode(self, payload: bytes, length: int) -> bytes:
         """The `length` bytes of pages in a payload.  Raises CompressorError, PeerError."""
         self._memory.unread = memoryview(payload)
-        packet = RamPacket(self._flag, next_packet_size=len(payload))
+        packet = RamPacket(self._flag, packet_num=self._packets, next_packet_size=len(payload))
+        self._packets += 1
         with self.decoding:
             self._decoder.decode(packet, memoryview(self._buffer)[:length], self._page_size)
         return self._buffer[:length]
