@@ -22,6 +22,9 @@ from sites import Site
 
 T = TypeVar("T")
 
+#: Packages with tests of their own, which run in an environment of their own.
+collect_ignore_glob = ["packaging/from-0.1/*"]
+
 
 @pytest.fixture
 def own_capture() -> dict[str, Capture]:

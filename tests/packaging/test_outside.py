@@ -1,8 +1,8 @@
 """Strangers' plugins, outside the workspace: in an environment of their own, with core as pip installs it.
 
-The skeletons of `new-plugin`, and `thirdparty/lz4`, which was written from docs/plugins.md alone: they
-pass the conformance suite, carry a migration of a real memory image between processes and through
-a relay, are listed, and vanish when they are uninstalled.
+The skeletons of `new-plugin`, those that 0.1's wrote (`from-0.1`), and `thirdparty/lz4`, which was written from 0.1's
+docs/plugins.md alone: they pass the conformance suite, carry a migration of a real memory image between processes and
+through a relay, are listed, and vanish when they are uninstalled.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import pytest
 
 TOP = Path(__file__).parents[2]
 LZ4 = Path(__file__).with_name("thirdparty") / "lz4"
+OLD = Path(__file__).with_name("from-0.1")
 pytestmark = pytest.mark.timeout(300)
 PIP = ("-m", "pip", "--disable-pip-version-check", "--quiet")
 
@@ -78,6 +79,8 @@ def outside(tmp_path_factory: pytest.TempPathFactory) -> Outside:
         "--no-build-isolation",
         f"{TOP}/core[testing]",
         LZ4,
+        OLD / "multifd-plain",
+        OLD / "multifd-bound",
     )
     wrote = place.good("multifd", "new-plugin", "acme")
     assert wrote == "wrote multifd-acme: pip install ./multifd-acme, then multifd conformance acme\n"
@@ -87,16 +90,22 @@ def outside(tmp_path_factory: pytest.TempPathFactory) -> Outside:
     return place
 
 
-@pytest.mark.parametrize("name", ["acme", "bound-z", "lz4", "none"])
+@pytest.mark.parametrize("name", ["acme", "bound-z", "lz4", "none", "plain", "bound"])
 def test_they_pass_conformance(outside: Outside, name: str) -> None:
     last = outside.good("multifd", "conformance", name).splitlines()[-1]
     assert last.endswith(" not asked: it keeps the contract"), last
 
 
 def test_the_skeletons_own_tests_pass_with_the_suite_beside_them(outside: Outside) -> None:
-    for folder, name in (("multifd-acme", "acme"), ("more/multifd-bound-z", "bound-z")):
-        chosen = ("--multifd-compressor", name, "-k", "test or facts or captures", "-W", "error")
-        said = outside.good("python", "-m", "pytest", folder, *chosen).splitlines()[-1]
+    for folder, name, old in (
+        ("multifd-acme", "acme", ()),
+        ("more/multifd-bound-z", "bound-z", ()),
+        # Their names are of 0.1, which is what the warnings say.
+        (OLD / "multifd-plain", "plain", ("-W", "ignore::DeprecationWarning")),
+        (OLD / "multifd-bound", "bound", ("-W", "ignore::DeprecationWarning")),
+    ):
+        chosen = ("--multifd-compressor", name, "-k", "test or facts or captures", "-p", "no:cacheprovider")
+        said = outside.good("python", "-m", "pytest", folder, *chosen, "-W", "error", *old).splitlines()[-1]
         assert "3 passed, 1 skipped" in said, said
 
 
@@ -109,7 +118,7 @@ def test_they_are_listed(outside: Outside) -> None:
     found = rows(outside)
     assert found["acme"] == (31, True, "multifd-acme 0.1.0")
     assert found["lz4"] == (28, True, "multifd-lz4 0.1.0")
-    assert set(found) == {"none", "acme", "bound-z", "lz4"}, "nothing of the workspace"
+    assert set(found) == {"none", "acme", "bound-z", "lz4", "plain", "bound"}, "nothing of the workspace"
 
 
 def same(outside: Outside, snapshot: str) -> None:
@@ -117,7 +126,7 @@ def same(outside: Outside, snapshot: str) -> None:
     assert raw.read_bytes() == (outside.folder / "image.raw").read_bytes()
 
 
-@pytest.mark.parametrize("compressor", ["acme,level=6", "lz4,acceleration=4", "bound-z"])
+@pytest.mark.parametrize("compressor", ["acme,level=6", "lz4,acceleration=4", "bound-z", "plain,level=6", "bound"])
 def test_a_migration_between_two_processes(outside: Outside, compressor: str) -> None:
     name = compressor.partition(",")[0]
     with outside.serving("receive", "tcp:127.0.0.1:0", "-o", f"there-{name}", "--compressor", name) as (_, uri):
@@ -152,4 +161,4 @@ def test_they_vanish_when_they_are_uninstalled(outside: Outside) -> None:
     assert "lz4" not in rows(outside)
     gone = outside.run("multifd", "send", "image.raw", "tcp:127.0.0.1:1", "--compressor", "lz4")
     assert gone.returncode == 1
-    assert gone.stderr.startswith("multifd: no compressor is named 'lz4'; installed: acme, bound-z, none")
+    assert gone.stderr.startswith("multifd: no compressor is named 'lz4'; installed: acme, bound, bound-z, none, plain")

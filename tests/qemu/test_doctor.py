@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from commands import run
+from examples import examples
 from multifd.jobs.doctor import compare, examine
+from multifd.qemu.monitor import Monitor
 from qemus import Start
 
 
@@ -144,3 +146,14 @@ def test_on_the_command_line(start: Start, work: Path) -> None:
     nobody = run("doctor", "--source-qmp", f"{work}/nobody", "--destination-qmp", f"{work}/destination.qmp")
     assert (nobody.returncode, len(nobody.stderr.splitlines())) == (1, 1)
     assert "is QEMU's monitor listening there?" in nobody.stderr
+
+
+@pytest.mark.parametrize("where", ["multifd.jobs.doctor", "multifd.qemu.monitor"])
+def test_the_examples_run(
+    start: Start, work: Path, where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("here", "there"):
+        start("10.0", name, incoming=name == "there").monitor.close()
+    monkeypatch.chdir(work)
+    exec(examples()[where], {"Monitor": Monitor})
+    assert capsys.readouterr().out

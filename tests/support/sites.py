@@ -35,13 +35,21 @@ class Site:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def install(self, name: str, code: str, distribution: str | None = None) -> None:
+    def install(
+        self,
+        name: str,
+        code: str,
+        distribution: str | None = None,
+        *,
+        group: str = "multifd.compressors",
+        target: str = "{module}",
+    ) -> None:
         distribution = distribution or f"multifd-{name}"
         module = distribution.replace("-", "_")
         info = self.folder / f"{module}-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(f"[multifd.compressors]\n{name} = {module}\n")
+        (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {target.format(module=module)}\n")
         (self.folder / f"{module}.py").write_text(code)
 
     def good(self, name: str, method: str | None = None, flag: int = 30, *, hardware: bool = False) -> None:

@@ -19,6 +19,8 @@ from multifd.wire.block import Block
 
 PAGE = 4096
 
+DATA = Path(__file__).parents[1] / "data"
+
 
 def page(fill: int) -> memoryview:
     return memoryview(bytes([fill]) * PAGE)
@@ -225,3 +227,34 @@ def test_nothing_is_left_where_the_first_file_cannot_be_made(work: Path, monkeyp
     with pytest.raises(HostError, match="No such file"):
         SnapshotWriter(work / "snap", PAGE)
     assert os.listdir(work) == []
+
+
+def test_a_snapshot_of_0_1_is_read_for_ever() -> None:
+    """`tests/data/snapshot-0.1` was made by 0.1.0 of a small recording."""
+    snapshot = multifd.open_snapshot(DATA / "snapshot-0.1")
+    assert (snapshot.machine, snapshot.page_size, snapshot.sync) == ("pc-q35-10.0", PAGE, "round")
+    assert snapshot.uuid == bytes(range(16))
+    (block,) = snapshot.blocks
+    assert (block.block.idstr, block.block.used_length) == ("pc.ram", 4 * PAGE)
+    memory = bytearray(4 * PAGE)
+    with block.open() as reader:
+        reader.read_into(0, memoryview(memory))
+    assert hashlib.sha256(memory).hexdigest() == snapshot.index["blocks"][0]["sha256"]
+    found = multifd.inspect(DATA / "snapshot-0.1")
+    assert (found["ended"], found["normal_pages"], found["zero_pages"]) == ("complete", 3, 1)
+
+
+def test_keys_that_it_does_not_know_are_written_back(work: Path) -> None:
+    """Whoever rewrites snapshot.json: here for the digests, after somebody else has put something in."""
+    writer = make(work / "snap", Block("pc.ram", PAGE))
+    complete(writer)
+    path = work / "snap" / "snapshot.json"
+    index = json.loads(path.read_text())
+    index["labels"] = {"ticket": 7}
+    index["blocks"][0]["where"] = [0, 4096]
+    path.write_text(json.dumps(index))
+    writer.add_digests()
+    found = json.loads(path.read_text())
+    assert found.pop("labels") == {"ticket": 7}
+    assert found["blocks"][0].pop("where") == [0, 4096]
+    assert found["blocks"][0]["sha256"] == hashlib.sha256(bytes(PAGE)).hexdigest()

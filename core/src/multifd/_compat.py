@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from importlib import import_module
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 #: A module of 0.1 -> where its names are now: looked for in this order, `old=module:new` renames one.
@@ -86,8 +86,8 @@ def older(module: str) -> Callable[[str], Any]:
             if (renamed and old != name) or home == module:
                 continue
             found = getattr(import_module(home), new or name, None)
-            at_home = home in PROMISED or getattr(found, "__module__", home) == home or found.__module__ == "types"
-            if found is not None and at_home:
+            defined = found.__module__ if isinstance(found, (type, FunctionType)) else home
+            if found is not None and (defined == home or home in PROMISED):
                 warnings.warn(
                     f"{module}.{name} is {home}.{new or name} now; the old name goes with multifd 0.3",
                     DeprecationWarning,

@@ -1,8 +1,4 @@
-"""Packets on their way between a connection and a compressor.
-
-Whoever sends memory, `send` and `relay`, writes its packets here: parted into normal and zero pages, encoded, packed,
-written.  Whoever reads packets, `receive`, `relay` and `inspect`, reads their headers here.
-"""
+"""Packets on their way out, of `send` and `relay`: parted into normal and zero pages, encoded, packed, written."""
 
 from __future__ import annotations
 
@@ -10,25 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from multifd.engine.encoder import Encoder
-from multifd.errors import PeerError
 from multifd.memory.zeropages import part
-from multifd.net.connection import Connection, Readable
+from multifd.net.connection import Connection
 from multifd.observe.watch import Watch
 from multifd.wire.counts import Counts
-from multifd.wire.packet import PREFIX, Buffer, RamPacket, is_device_state
-
-
-def read_packet(connection: Readable, head: memoryview, page_size: int) -> RamPacket:
-    """Read one packet's header into `head`, `header_length(page_size)` bytes long.
-
-    Raises Ended at the end of the stream, PeerError for what is no packet of RAM.
-    """
-    got = connection.read_into(head, at_least=PREFIX.size)
-    if is_device_state(head[: PREFIX.size]):
-        raise PeerError("a device-state packet: state of VFIO devices cannot be taken, detach them")
-    if got < len(head):
-        connection.read_into(head[got:], due=True)
-    return RamPacket.unpack(head, page_size)
+from multifd.wire.packet import Buffer, RamPacket
 
 
 class PacketWriter:

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from multifd.codec.readers import Readers
 from multifd.engine.decoder import Decoder
-from multifd.engine.packets import read_packet
+from multifd.engine.headers import read_packet
 from multifd.errors import MultifdError, PeerError
 from multifd.memory.buffer import packet_buffer
 from multifd.memory.runs import runs

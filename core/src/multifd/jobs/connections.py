@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 
 from multifd.codec.readers import Readers
-from multifd.engine.identify import identify
+from multifd.engine.headers import identify
 from multifd.engine.receiver import RecvChannels
 from multifd.errors import PeerError, counted
 from multifd.net.connection import Connection, Ended

@@ -1,9 +1,9 @@
 """Compare the two QEMUs of a migration before anything moves.
 
-    from multifd.doctor import compare, examine
-    from multifd.qmp import Monitor
+    from multifd.jobs.doctor import compare, examine
+    from multifd.qemu.monitor import Monitor
 
-    with Monitor("/run/here.qmp") as here, Monitor("/run/there.qmp") as there:
+    with Monitor("here.qmp") as here, Monitor("there.qmp") as there:
         for trouble in compare(examine(here), examine(there)):
             print(trouble.what, trouble.remedy)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from multifd.engine.packets import read_packet
+from multifd.engine.headers import read_packet
 from multifd.errors import CallerError, MultifdError
 from multifd.net.connection import MAIN_READ, Connection, Ended
 from multifd.net.recording import open_recording

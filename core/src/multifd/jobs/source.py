@@ -51,7 +51,7 @@ def send(
 ) -> Result:
     """Send a snapshot or a raw image to the destination at `uri`.
 
-        result = multifd.send("guest.raw", "unix:there.sock", "zlib,level=6", channels=4)
+        result = multifd.send("guest.raw", "unix:there.sock", "zlib,level=6", channels=2)
         print(result.normal_pages, result.zero_pages, result.wire_bytes)
 
     `source` is its path, or what `multifd.open_snapshot` has opened.

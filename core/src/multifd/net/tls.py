@@ -1,12 +1,8 @@
 """TLS around a connection, with the certificates that QEMU has.
 
-    from multifd.net.tls import client, server
-
-    listener = Listener(uri, server("/etc/pki/qemu"))
-    main = connect(uri, silence, wrap=client("/etc/pki/qemu", uri.host))
-
-The directory is that of QEMU's `tls-creds-x509` object.  Both sides show a certificate of the
-same authority, as QEMU's `verify-peer=on` has it; a client also checks the server's name.
+`server` and `client` are given a directory, and make what `Listener` and `connect` take as `wrap`.  The directory is
+that of QEMU's `tls-creds-x509` object.  Both sides show a certificate of the same authority, as QEMU's `verify-peer=on`
+has it; a client also checks the server's name.
 """
 
 from __future__ import annotations

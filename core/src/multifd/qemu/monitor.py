@@ -1,4 +1,10 @@
-"""A QEMU's monitor: commands in QMP, one at a time."""
+"""A QEMU's monitor: commands in QMP, one at a time.
+
+    with Monitor("here.qmp") as monitor:
+        print(monitor.command("query-status")["status"])
+
+QEMU serves one client of a monitor at a time.
+"""
 
 from __future__ import annotations
 

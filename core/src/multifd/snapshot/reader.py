@@ -105,7 +105,7 @@ class Snapshot:
 def open_snapshot(path: str | Path, *, block: str = "pc.ram", page_size: int | None = None) -> Snapshot:
     """Open a snapshot's directory, or a raw image, which becomes the one block named `block`.
 
-        snapshot = open_snapshot("snap")
+        snapshot = multifd.open_snapshot("snap")
         for item in snapshot.blocks:
             print(item.block.idstr, item.block.used_length)
 

@@ -632,9 +632,9 @@ def cleanup(subject: Subject) -> None:
             _there_and_back(sender, receiver, pages)
         elif work == "a damaged payload":
             receiver.takes(sender.encode(pages)[:-1], len(pages), "a good payload without its last byte")
-        for time in ("after", "a second time after"):
-            sender.clean_up(f"{time} {work}")
-            receiver.clean_up(f"{time} {work}")
+        for when in ("after", "a second time after"):
+            sender.clean_up(f"{when} {work}")
+            receiver.clean_up(f"{when} {work}")
 
 
 @check("One that raises leaves nothing behind; `multifd_send_cleanup` is called all the same.")

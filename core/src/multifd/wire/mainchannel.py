@@ -1,9 +1,10 @@
 """The main channel: a parser and a writer that do no I/O.
 
     parser = Parser()
-    parser.feed(data)               # any piece of the stream
-    for event in parser.events():   # all that is complete; stops where more data is needed
-    parser.end()                    # the connection ended: was that allowed?
+    parser.feed(data)  # any piece of the stream
+    for event in parser.events():  # all that is complete; it stops where more data is needed
+        print(type(event).__name__)
+    parser.end()  # the connection ended: was that allowed?
 
 All integers are big-endian.  Checked against QEMU 7.2.22 and 10.0.13.
 """

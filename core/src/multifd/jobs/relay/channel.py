@@ -9,7 +9,8 @@ from dataclasses import replace
 from multifd.effort.controller import Effort
 from multifd.engine.decoder import Decoder
 from multifd.engine.encoder import Encoder
-from multifd.engine.packets import PacketWriter, read_packet
+from multifd.engine.headers import read_packet
+from multifd.engine.packets import PacketWriter
 from multifd.errors import PeerError
 from multifd.jobs.relay.counters import STAGES, Sample
 from multifd.jobs.relay.plan import Plan

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from multifd.effort.controller import Effort
-from multifd.engine.identify import identify
+from multifd.engine.headers import identify
 from multifd.errors import HostError, MultifdError, PeerError, counted, describe
 from multifd.jobs.relay.channel import Channel
 from multifd.jobs.relay.counters import Sample

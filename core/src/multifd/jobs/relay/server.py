@@ -1,6 +1,8 @@
 """Stand between a source and a destination, and re-compress each packet on its way.
 
-    with multifd.Relay("tcp:127.0.0.1:0", "unix:there.sock", to="zstd") as relay:
+    import multifd
+
+    with multifd.Relay("unix:here.sock", "unix:there.sock", to="zstd") as relay:
         relay.serve(print, migrations=1)
 
 The main channel passes through untouched in both directions, so it is the destination that

@@ -1,14 +1,14 @@
-"""What a new connection is."""
+"""First bytes: of a connection, which say what it is, and of each packet."""
 
 from __future__ import annotations
 
 import time
 
 from multifd.errors import PeerError
-from multifd.net.connection import Connection, Ended
+from multifd.net.connection import Connection, Ended, Readable
 from multifd.net.recording import RecordedConnection
 from multifd.wire.flags import MULTIFD_MAGIC, VM_FILE_MAGIC
-from multifd.wire.packet import INIT, MAGIC, InitPacket
+from multifd.wire.packet import INIT, MAGIC, PREFIX, InitPacket, RamPacket, is_device_state
 
 
 def identify(connection: Connection, timeout: float) -> InitPacket | None:
@@ -38,3 +38,16 @@ def identify(connection: Connection, timeout: float) -> InitPacket | None:
     if got < INIT.size:
         raise PeerError(f"{connection.name} ended after {got} of the {INIT.size} bytes of its init packet")
     return InitPacket.unpack(first)
+
+
+def read_packet(connection: Readable, head: memoryview, page_size: int) -> RamPacket:
+    """Read one packet's header into `head`, `header_length(page_size)` bytes long.
+
+    Raises Ended at the end of the stream, PeerError for what is no packet of RAM.
+    """
+    got = connection.read_into(head, at_least=PREFIX.size)
+    if is_device_state(head[: PREFIX.size]):
+        raise PeerError("a device-state packet: state of VFIO devices cannot be taken, detach them")
+    if got < len(head):
+        connection.read_into(head[got:], due=True)
+    return RamPacket.unpack(head, page_size)
