@@ -4,13 +4,22 @@ BIN := .venv/bin
 PACKAGES := core plugins/zlib plugins/zstd plugins/qatzip plugins/qpl plugins/uadk
 BINDINGS := $(wildcard plugins/*/build_lib*.py plugins/*/lib*.h)
 
-.PHONY: demo test lint bench bench-qemu bench-link clean
+.PHONY: demo test prove lint bench bench-qemu bench-link clean
 
 demo: .venv/ready
 	$(BIN)/python tools/demo.py
 
+# Everything that this machine allows; the last lines say what was left out, and why.
 test: lint
 	$(BIN)/python -m pytest
+
+# What takes long; tests/prove/README.md.
+prove: .venv/ready
+ifeq ($(wildcard tests/prove/test_*.py),)
+	@echo "tests/prove: nothing here yet"
+else
+	$(BIN)/python -m pytest tests/prove
+endif
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .

@@ -13,6 +13,7 @@ import pytest
 
 pytest.register_assert_rewrite("captures", "commands", "peers", "qemus", "relaying", "streams")
 
+import prove
 import standin as standin_module
 from captures import OWN_CAPTURES, Capture, load_captures
 from certificates import Authority
@@ -116,6 +117,10 @@ def _or_skip(make: Callable[[], T]) -> T:
         return make()
     except standin_module.Missing as missing:
         pytest.skip(str(missing))
+
+
+def pytest_report_header() -> str:
+    return f"prove: {prove.SIZE}, MULTIFD_SEED={prove.SEED}"
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

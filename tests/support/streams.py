@@ -220,11 +220,12 @@ def decode_page(method: str, data: bytes, page_size: int) -> bytes:
         assert data[:2] == b"\x78\x9c"
         assert len(zlib.decompress(data)) == page_size, "and its Adler-32"
         data = data[2:-4]
-    # Byte by byte, since zlib looks further back than its window within the output of one call.
+    # zlib looks further back than its window within the output of one call.  Where a page is longer, byte by byte.
     stream = zlib.decompressobj(-12)
+    step = 1 if page_size > 4096 else page_size + 1
     page = bytearray()
     while not stream.eof:
-        piece = stream.decompress(data, 1)
+        piece = stream.decompress(data, step)
         data = stream.unconsumed_tail
         assert piece or stream.eof, "output missing"
         page += piece
