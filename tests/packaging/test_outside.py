@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -72,16 +73,9 @@ def outside(tmp_path_factory: pytest.TempPathFactory) -> Outside:
     )
     if fetched.returncode:
         pytest.skip(f"packages cannot be installed here: {fetched.stderr.splitlines()[-1]}")
-    place.good(
-        "python",
-        *PIP,
-        "install",
-        "--no-build-isolation",
-        f"{TOP}/core[testing]",
-        LZ4,
-        OLD / "multifd-plain",
-        OLD / "multifd-bound",
-    )
+    shutil.copytree(OLD, place.folder / "old")
+    packages = (f"{TOP}/core[testing]", LZ4, "./old/multifd-plain", "./old/multifd-bound")
+    place.good("python", *PIP, "install", "--no-build-isolation", *packages)
     wrote = place.good("multifd", "new-plugin", "acme")
     assert wrote == "wrote multifd-acme: pip install ./multifd-acme, then multifd conformance acme\n"
     place.good("multifd", "new-plugin", "bound-z", "--cffi", "--into", "more")
@@ -101,8 +95,8 @@ def test_the_skeletons_own_tests_pass_with_the_suite_beside_them(outside: Outsid
         ("multifd-acme", "acme", ()),
         ("more/multifd-bound-z", "bound-z", ()),
         # Their names are of 0.1, which is what the warnings say.
-        (OLD / "multifd-plain", "plain", ("-W", "ignore::DeprecationWarning")),
-        (OLD / "multifd-bound", "bound", ("-W", "ignore::DeprecationWarning")),
+        ("old/multifd-plain", "plain", ("-W", "ignore::DeprecationWarning")),
+        ("old/multifd-bound", "bound", ("-W", "ignore::DeprecationWarning")),
     ):
         chosen = ("--multifd-compressor", name, "-k", "test or facts or captures", "-p", "no:cacheprovider")
         said = outside.good("python", "-m", "pytest", folder, *chosen, "-W", "error", *old).splitlines()[-1]

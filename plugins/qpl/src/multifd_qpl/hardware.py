@@ -3,7 +3,7 @@
 Jobs as QEMU makes them: a page each, one final block of fixed codes.  A channel keeps eight under
 way, since a single one leaves the device idle between two pages.  libqpl says itself when there
 is no device; it then has a path in software, of the same format, which is not used for
-migrations: ISA-L is faster (`multifd.pagelist`).
+migrations: ISA-L is faster (`multifd.formats.pagelist`).
 """
 
 from __future__ import annotations
