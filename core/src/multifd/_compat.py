@@ -58,19 +58,16 @@ def find_spec(name: str) -> ModuleSpec | None:
     return ModuleSpec(name, _Loader()) if name in MOVED else None  # type: ignore[arg-type]
 
 
-class _OldModule(ModuleType):
-    """Also called: `multifd.inspect` was a module and is a function, whichever is asked for first."""
+class _OldInspect(ModuleType):
+    """`multifd.inspect` was a module and is a function: whichever is imported first, it is both."""
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        import multifd
-
-        function = getattr(import_module(multifd._HOMES[self.__name__.partition(".")[2]]), self.__name__[8:])
-        return function(*arguments, **options)
+        return import_module("multifd.jobs.inspect").inspect(*arguments, **options)
 
 
 class _Loader:
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return _OldModule(spec.name, __doc__)
+        return (_OldInspect if spec.name == "multifd.inspect" else ModuleType)(spec.name, __doc__)
 
     def exec_module(self, module: ModuleType) -> None:
         module.__dict__["__getattr__"] = older(module.__name__)

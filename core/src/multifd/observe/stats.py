@@ -10,11 +10,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from multifd.hookspecs import hookimpl
 from multifd.observe.hooks import ObservedChannel, Times
+from multifd.wire.counts import Counts
 from multifd.wire.flags import method_name
 from multifd.wire.packet import RamPacket
 
@@ -23,9 +24,7 @@ from multifd.wire.packet import RamPacket
 class _Row:
     """Packets of one method on one channel in one direction."""
 
-    packets: int = 0
-    normal_pages: int = 0
-    zero_pages: int = 0
+    counts: Counts = field(default_factory=Counts)
     memory_bytes: int = 0
     wire_bytes: int = 0
     codec: float = 0.0
@@ -66,9 +65,7 @@ class Stats:
         row = self._rows.setdefault(
             (channel.direction, channel.id, method_name(packet.method) if pages else None), _Row()
         )
-        row.packets += 1
-        row.normal_pages += len(packet.normal)
-        row.zero_pages += len(packet.zero)
+        row.counts.add(packet)
         row.memory_bytes += pages * channel.page_size
         row.wire_bytes += len(header) + sum(map(len, payload))
         row.codec += times.encode + times.decode
@@ -96,9 +93,7 @@ def _shown(direction: str, channel: int, method: str | None, row: _Row) -> dict[
         "direction": direction,
         "channel": channel,
         "method": method,
-        "packets": row.packets,
-        "normal_pages": row.normal_pages,
-        "zero_pages": row.zero_pages,
+        **asdict(row.counts),
         "memory_bytes": row.memory_bytes,
         "wire_bytes": row.wire_bytes,
         "ratio": round(row.memory_bytes / row.wire_bytes, 3),
