@@ -12,9 +12,11 @@ first used, so that `multifd --version` costs nothing.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # typing's own takes longer to import than all of this
 if TYPE_CHECKING:
+    from typing import Any
+
     from multifd.codec.probing import compressors
     from multifd.jobs.destination import receive
     from multifd.jobs.inspect import inspect

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-import tomllib
 import warnings
 from collections.abc import Mapping
 from functools import cache
-from importlib import resources
 
 from multifd.codec.compressor import Compressor
 from multifd.codec.discovery import load_plugin, provider_of, providers
@@ -19,6 +16,9 @@ from multifd.hookspecs import ENTRY_POINT_GROUP, Probe
 @cache
 def distributions() -> Mapping[str, str]:
     """The compressors of this project, and the distribution that brings each: what to install."""
+    import tomllib  # for who lacks one; not for those who send
+    from importlib import resources
+
     return tomllib.loads((resources.files("multifd.codec") / "distributions.toml").read_text())
 
 
@@ -47,6 +47,8 @@ def load(name: str) -> Compressor:
 
 
 def _nobody_provides(name: str, installed: list[str]) -> str:
+    import difflib
+
     ours = distributions()
     text = f"no compressor is named {name!r}; installed: {', '.join(installed) or 'none'}"
     if name in ours:

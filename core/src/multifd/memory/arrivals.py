@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from multifd.memory.buffer import _private_memory
+from multifd.memory.buffer import private_memory
 
 
 class Arrivals:
@@ -20,7 +20,7 @@ class Arrivals:
 
     def __init__(self, pages: int) -> None:
         # Not a bytearray: a peer can claim any size, and this takes memory only where it is touched.
-        self._when = _private_memory(pages)
+        self._when = private_memory(pages)
         self._pages = pages
         self._epoch = 1
 
