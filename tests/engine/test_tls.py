@@ -57,9 +57,9 @@ def test_relay_on_either_leg(work: Path, creds: Path, legs: tuple[bool, bool], t
 def refused(work: Path, here: Path | None, there: Path | None, **options: Any) -> tuple[str, str]:
     """What the source and the destination say of a migration that must not come through."""
     (work / "image.raw").write_bytes(images.memory()[: 1 << 20])
-    job = peers.Receiving(work / "snap", tls_creds=there, timeout=3)
+    job = peers.Receiving(work / "snap", tls_creds=there)
     with pytest.raises(MultifdError) as told:
-        multifd.send(open_snapshot(work / "image.raw"), job.uri, tls_creds=here, timeout=3, **options)
+        multifd.send(open_snapshot(work / "image.raw"), job.uri, tls_creds=here, **options)
     with pytest.raises(PeerError) as answer:
         job.join()
     assert not (work / "snap").exists()

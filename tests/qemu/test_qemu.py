@@ -69,7 +69,7 @@ def test_settings_that_differ_are_named(
     source = start(release, "source")
     source.fill(content())
     source.prepare(**theirs)
-    there = peers.Receiving(work / "snap", timeout=3, **ours)
+    there = peers.Receiving(work / "snap", timeout=5, **ours)
     source.monitor.command("migrate", uri=there.uri)
     with pytest.raises(PeerError, match=message):
         there.join()
@@ -117,7 +117,7 @@ def test_receive_that_is_interrupted_leaves_the_source_as_it_was(start: Start, w
     with subprocess.Popen([sys.executable, "-m", "multifd", *command], stderr=subprocess.PIPE, text=True) as receiving:
         assert peers.eventually(lambda: bool(list(work.glob(".snap.*.partial"))))
         receiving.send_signal(number)
-        assert receiving.wait(20) in (130, 128 + signal.SIGTERM)
+        assert receiving.wait(peers.TIMEOUT) in (130, 128 + signal.SIGTERM)
         assert receiving.stderr is not None
         assert "warning" not in receiving.stderr.read()
     source.reconnect()

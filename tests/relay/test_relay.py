@@ -96,8 +96,12 @@ def test_a_second_migration_meanwhile_is_refused_and_mixes_nothing(work: Path) -
     there = peers.Receiving(work / "snap", channels=2)
     with closing(Relaying(there.uri, to="zstd")) as relaying:
         socks = [peers.dial(relaying.uri) for _ in range(3)]
-        for sock, data in zip(socks, [stream.main, *stream.channels], strict=True):
-            sock.sendall(data[:100])
+        cuts = [stream.main.index(b"pc.ram") + 20, 100, 100]
+        for sock, data, cut in zip(socks, [stream.main, *stream.channels], cuts, strict=True):
+            sock.sendall(data[:cut])
+        assert peers.eventually(lambda: relaying.connections() == 6), (
+            "it serves this one, with three to the destination"
+        )
         with pytest.warns(RuntimeWarning, match="is a second main channel, the relay serves one migration at a time"):
             other = peers.dial(relaying.uri)
             other.sendall(stream.main[:50])
@@ -110,8 +114,8 @@ def test_a_second_migration_meanwhile_is_refused_and_mixes_nothing(work: Path) -
             stranger = peers.dial(relaying.uri)
             stranger.sendall(b"GET / HTTP/1.0\r\n\r\n")
             assert refused(stranger)
-        for sock, data in zip(socks, [stream.main, *stream.channels], strict=True):
-            sock.sendall(data[100:])
+        for sock, data, cut in zip(socks, [stream.main, *stream.channels], cuts, strict=True):
+            sock.sendall(data[cut:])
         there.join()
         assert relaying.result().confirmed
         for sock in (*socks, other, late, stranger):
