@@ -191,13 +191,15 @@ def test_a_source_of_another_method_than_said(work: Path) -> None:
     assert not (work / "snap").exists()
 
 
+# A connection that the relay had just made for a channel may end with the migration, before its first byte.
+@pytest.mark.filterwarnings("ignore:.*closed without a byte")
 @pytest.mark.parametrize("cut", [0, 1, 2])
 def test_a_source_that_dies(work: Path, cut: int) -> None:
     """Of main and two channels one is cut short, then all are closed: nothing arrives."""
     stream = streams.small("zlib", channels=2)
     files = [stream.main, *stream.channels]
     files[cut] = files[cut][: len(files[cut]) // 2]
-    there = peers.Receiving(work / "snap", channels=2)
+    there = peers.Receiving(work / "snap", channels=2, timeout=3)  # a channel may never come
     with closing(Relaying(there.uri, to="zstd")) as relaying:
         peers.play(relaying.uri, files, 65536, dies=True)
         with pytest.raises(PeerError):
