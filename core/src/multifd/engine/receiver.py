@@ -144,20 +144,22 @@ class RecvChannels:
             self._silence.awaited = False
             self._changed.notify_all()
 
-    def finish(self, *, recorded: bool) -> None:
+    def finish(self) -> None:
         """The main channel is complete.  Raises PeerError where a channel is not.
 
-        A recorded channel is read to its end first.  A live one may stay open: there the source
-        waits for our answer.
+        Each is read to its end first: to where its recording ends, or to the end of what has come.  A live one stays
+        open while the source waits for our answer, but nothing belongs there any more: what a source sends before it
+        ends its main channel is in our socket by then, or as good as.
         """
         with self._changed:
-            if recorded:
-                self._changed.wait_for(
-                    lambda: (
-                        self._over
-                        or all(channel.ended or channel.syncs > self._passed for channel in self._channels.values())
-                    )
+            for channel in self._channels.values():
+                channel.connection.interrupt(reading_only=True)
+            self._changed.wait_for(
+                lambda: (
+                    self._over
+                    or all(channel.ended or channel.syncs > self._passed for channel in self._channels.values())
                 )
+            )
             self._raise_failure()
             for channel in self._channels.values():
                 if channel.syncs != self._passed or channel.fresh_pages:

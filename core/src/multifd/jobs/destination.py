@@ -15,10 +15,10 @@ from multifd.errors import MultifdError, PeerError, UsageError
 from multifd.jobs.connections import Connections
 from multifd.jobs.report import DEFAULT_CHANNELS, OnProgress, Progress, Result, check_channels, every
 from multifd.memory.runs import runs
-from multifd.net.connection import MAIN_READ, Connection
+from multifd.net.connection import MAIN_READ, Connection, Lost
 from multifd.net.deadline import DEFAULT_TIMEOUT, Silence
 from multifd.net.listener import Listener
-from multifd.net.recording import RecordedConnection, open_recording
+from multifd.net.recording import open_recording
 from multifd.net.security import listening_wrap
 from multifd.net.uri import Uri
 from multifd.observe.hooks import BACK, IN
@@ -184,7 +184,7 @@ class _Receiver:
         self._parser.feed(magic)
         try:
             self._read(main)
-            self._channels.finish(recorded=isinstance(connection, RecordedConnection))
+            self._channels.finish()
             self._connections.stop()  # nobody writes any more
             result = self._complete(main)
             self._connections.complete = True
@@ -271,7 +271,8 @@ class _Receiver:
             case CommandReceived(Command.PING, data):
                 if not self._return_path:
                     raise PeerError("main channel: a ping without a return path")
-                main.write([pong(int.from_bytes(data))])
+                with suppress(Lost):  # a source that has gone: what is missing then tells
+                    main.write([pong(int.from_bytes(data))])
 
     def _complete(self, main: Connection) -> Result:
         snapshot = self.snapshot
