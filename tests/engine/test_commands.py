@@ -24,6 +24,15 @@ def run(arguments):
 """
 
 
+TAKES = """
+def configure(parser):
+    parser.add_argument("--run")
+    parser.add_argument("--plugin")
+    parser.add_argument("--disable")
+    return lambda arguments: print(arguments.run, arguments.plugin, arguments.disable) or 0
+"""
+
+
 def bring(
     site: Site, name: str, code: str = PS, distribution: str | None = None, target: str = "{module}:configure"
 ) -> None:
@@ -38,6 +47,12 @@ def test_it_runs_as_one_of_multifds_own(site: Site) -> None:
     assert "List them." in said
     assert "--debug" in said
     assert site.run("-m", "multifd", "ps").returncode == 2
+
+
+def test_its_options_may_have_any_name(site: Site) -> None:
+    bring(site, "takes", TAKES)
+    result = site.run("-m", "multifd", "takes", "--run", "a", "--plugin", "b", "--disable", "zlib")
+    assert (result.returncode, result.stdout) == (0, "a b zlib\n"), result.stderr
 
 
 def test_what_it_raises_is_one_line(site: Site) -> None:
@@ -67,12 +82,12 @@ def test_broken_ones_are_lines_of_the_help_and_nothing_is_imported(site: Site) -
     assert "gone cannot be used: of multifd-gone 1.0: there is no module 'no_such_package'" in said
     assert "odd cannot be used: of multifd-odd 1.0: its entry point '???' is no module:attribute" in said
     assert "(send) of multifd-send 1.0: not used, multifd has a command of this name" in said
-    assert "twice cannot be used: of acme-twice 1.0 and multifd-twice 1.0: keep one" in said
+    assert "acme-twice 1.0 and multifd-twice 1.0: keep one, with MULTIFD_DISABLE=acme-twice or MULTIFD_DISABLE=" in said
     for name, says in (
         ("raises", "raises (multifd-raises 1.0): import failed: RuntimeError: no such device"),
         ("gone", "gone (multifd-gone 1.0): import failed: ModuleNotFoundError: No module named 'no_such_package'"),
         ("odd", "odd (multifd-odd 1.0): import failed: "),
-        ("twice", "the command 'twice' is provided by acme-twice 1.0 and multifd-twice 1.0: keep one, with --disable"),
+        ("twice", "the command 'twice' is provided by acme-twice 1.0 and multifd-twice 1.0: keep one, with MULTIFD_"),
     ):
         result = site.run("-m", "multifd", name, "x")
         assert (result.returncode, len(result.stderr.splitlines())) == (1, 1), result.stderr

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from multifd._compat import PROMISED
+
 CAPTURE = Path(__file__).parents[1] / "captures" / "q72-none-2ch"
 
 #: What a 0.1 plugin, or the README's Python, used -> what it is now.
@@ -30,6 +32,10 @@ OLD = {
     "multifd.plugins.rows": "multifd.compressors",
     "multifd.plugins.select_for_flag": "multifd.codec.readers.select_for_flag",
     "multifd.deflate.inflate": "multifd.formats.deflate.inflate",
+    "multifd.deflate.isal_zlib": "multifd.formats.deflate.isal_zlib",
+    "multifd.plugins.HOOK_ERRORS": "multifd.codec.hooks.HOOK_ERRORS",
+    "multifd.deflate.decompressobj": "multifd.formats.deflate.decompressobj",
+    "multifd.deflate.crc32": "multifd.formats.deflate.crc32",
     "multifd.deflate.PROVIDER": "multifd.formats.deflate.PROVIDER",
     "multifd.stored.copy_stored": "multifd.formats.stored.copy_stored",
     "multifd.pagelist.SoftwareCompressor": "multifd.formats.pagelist.SoftwareCompressor",
@@ -64,7 +70,7 @@ def test_every_old_name_is_the_new_one_and_warns_with_it() -> None:
             "with warnings.catch_warnings(record=True) as told:\n"
             "    warnings.simplefilter('always')\n"
             f"    from {module} import {name} as found\n"
-            f"assert found is getattr(import_module({home!r}), {its!r}), {old!r}\n"
+            f"assert found is getattr(import_module({PROMISED.get(its, home)!r}), {its!r}), {old!r}\n"
             f"(text,) = {{str(each.message) for each in told if each.category is DeprecationWarning}}\n"
             f"assert text == '{old} is {new} now; the old name goes with multifd 0.3', text\n"
             "assert all(each.filename == '<string>' for each in told), 'where it is imported is what is shown'\n"
@@ -86,6 +92,32 @@ def test_inspect_was_a_module_and_is_a_function(code: str) -> None:
     code += f"import multifd\nfor f in (inspect, old, multifd.inspect): print(f({str(CAPTURE)!r})['machine'])"
     result = python(code)
     assert result.stdout == "pc-q35-7.2\n" * 3, result.stderr
+
+
+def test_a_name_may_be_there_and_be_nothing() -> None:
+    """`isal_zlib` is None where there is no ISA-L, and 0.1's multifd-zlib imports it so."""
+    result = python(
+        "import sys\nsys.modules['isal'] = None\nfrom multifd.deflate import isal_zlib as found\nprint(found)"
+    )
+    assert result.stdout == "None\n", result.stderr
+
+
+def test_old_names_import_from_many_threads_at_once() -> None:
+    """The import system holds a lock of its own while it looks for a module."""
+    code = (
+        "import multifd, threading\n"
+        "names = 'multifd.migrate multifd.plugins multifd.relay multifd.wire dataclasses typing re json socket'\n"
+        "go = threading.Barrier(len(names.split()))\n"
+        "def load(name):\n"
+        "    go.wait()\n"
+        "    __import__(name)\n"
+        "threads = [threading.Thread(target=load, args=(name,), daemon=True) for name in names.split()]\n"
+        "for thread in threads: thread.start()\n"
+        "for thread in threads: thread.join(20)\n"
+        "print(sum(thread.is_alive() for thread in threads))"
+    )
+    for _ in range(8):
+        assert python(code).stdout == "0\n"
 
 
 def test_what_never_was_is_no_module() -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -258,3 +259,21 @@ def test_keys_that_it_does_not_know_are_written_back(work: Path) -> None:
     assert found.pop("labels") == {"ticket": 7}
     assert found["blocks"][0].pop("where") == [0, 4096]
     assert found["blocks"][0]["sha256"] == hashlib.sha256(bytes(PAGE)).hexdigest()
+
+
+def test_a_directory_that_may_not_be_searched_is_one_line(work: Path) -> None:
+    """Seen by another user: snapshots are their owner's."""
+    complete(make(work / "snap"))
+    (work / "snap").chmod(0o700)
+    work.chmod(0o755)
+    code = (
+        "import os, sys\nimport multifd\nfrom multifd.errors import CallerError\n"
+        "import multifd.jobs.inspect, multifd.snapshot.reader\nos.setgid(65534)\nos.setuid(65534)\n"
+        "for look in (multifd.open_snapshot, multifd.inspect):\n"
+        "    try:\n        look(sys.argv[1])\n    except CallerError as error:\n        print(error)\n"
+    )
+    if os.getuid():
+        pytest.skip("only root can be another user")
+    command = [sys.executable, "-c", code, str(work / "snap")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.count("Permission denied\n") == 2

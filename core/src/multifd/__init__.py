@@ -13,6 +13,10 @@ from __future__ import annotations
 
 import sys
 
+from multifd import _compat
+
+sys.meta_path.append(_compat.Finder)  # first: another thread may be looking for an old name already
+
 TYPE_CHECKING = False  # typing's own takes longer to import than all of this
 if TYPE_CHECKING:
     from typing import Any
@@ -28,36 +32,12 @@ __all__ = ["Relay", "compressors", "inspect", "open_snapshot", "receive", "send"
 
 __version__ = "0.2.0"
 
-_HOMES = {
-    "Relay": "multifd.jobs.relay.server",
-    "compressors": "multifd.codec.probing",
-    "inspect": "multifd.jobs.inspect",
-    "open_snapshot": "multifd.snapshot.reader",
-    "receive": "multifd.jobs.destination",
-    "send": "multifd.jobs.source",
-}
-
 
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    if f"multifd.{name}" in import_module("multifd._compat").MOVED:
+    if name in _compat.PROMISED:
+        return getattr(import_module(_compat.PROMISED[name]), name)
+    if f"multifd.{name}" in _compat.MOVED:
         return import_module(f"multifd.{name}")
     raise AttributeError(f"module 'multifd' has no attribute {name!r}")
-
-
-class _OldModules:
-    """Finds modules by the names that they had in 0.1; asked only for what is found nowhere else."""
-
-    @staticmethod
-    def find_spec(name: str, path: object = None, target: object = None) -> Any:  # noqa: ARG004
-        if not name.startswith("multifd.") or name == "multifd._compat":
-            return None
-        from multifd._compat import find_spec
-
-        return find_spec(name)
-
-
-sys.meta_path.append(_OldModules)

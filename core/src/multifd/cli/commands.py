@@ -70,9 +70,9 @@ def _brought() -> Iterator[Command]:
         owners = " and ".join(sorted(map(str, found)))
         if name in OWN:
             # argparse takes a name once: this is a line of the help alone.
-            yield Command(f"({name})", f"of {owners}: not used, multifd has a command of this name", _brought_by(name))
+            yield Command(f"({name})", f"of {owners}: not used, multifd has a command of this name", _own(OWN[name][0]))
         elif len(found) > 1:
-            yield Command(name, f"cannot be used: of {choose(found)}", _brought_by(name))
+            yield Command(name, f"cannot be used: of {choose(found, COMMAND_GROUP)}", _brought_by(name))
         elif problem := flaw(found[0]):
             yield Command(name, f"cannot be used: of {owners}: {problem}", _brought_by(name))
         else:

@@ -28,12 +28,14 @@ def main(argv: Sequence[str]) -> int:
     """Run one command; returns the exit code: 0, 1 for an error, 2 for usage, 130 for Ctrl-C."""
     warnings.showwarning = show_warning
     warnings.simplefilter("always", RuntimeWarning)
+    debug = "--debug" in argv
     try:
         arguments = _parser(argv).parse_args(argv)
+        debug = arguments.debug
         gc.freeze()  # what was imported lives to the end: do not look through it again and again
         with _signals():
             choose_plugins(arguments)
-            code: int = arguments.run(arguments)
+            code: int = arguments._run(arguments)
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -44,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         say("interrupted")
         return 130
     except MultifdError as error:
-        if "--debug" in argv:
+        if debug:
             import traceback
 
             traceback.print_exc()
@@ -68,7 +70,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     for command in commands.find(wanted):
         its = known.add_parser(command.name, parents=[common], help=command.summary.replace("%", "%%"))
         if command.name == wanted:
-            its.set_defaults(run=command.configure(its))
+            its.set_defaults(_run=command.configure(its))
     return parser
 
 

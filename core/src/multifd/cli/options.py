@@ -15,19 +15,25 @@ def plugin_options(parser: argparse.ArgumentParser) -> None:
     """Which plugins are left out, and which are added."""
     parser.add_argument(
         "--disable",
+        dest="_disable",  # a command of another package may have options of these names
         action="append",
         default=[],
         metavar="NAME",
         help="leave out what a distribution provides, or else a plugin of this name; repeatable, as is MULTIFD_DISABLE",
     )
     parser.add_argument(
-        "--plugin", action="append", default=[], metavar="FILE.py", help="a compressor under development; repeatable"
+        "--plugin",
+        dest="_plugin",
+        action="append",
+        default=[],
+        metavar="FILE.py",
+        help="a compressor under development; repeatable",
     )
 
 
 def choose_plugins(arguments: argparse.Namespace) -> None:
     """Do what `plugin_options` were given, before anything is loaded."""
-    left_out, files = getattr(arguments, "disable", None), getattr(arguments, "plugin", None)
+    left_out, files = getattr(arguments, "_disable", None), getattr(arguments, "_plugin", None)
     if left_out or files:
         from multifd.codec import discovery
 

@@ -47,7 +47,7 @@ class Compressor(Hooks):
         try:
             self.call(f"multifd_{direction}_cleanup", channel=channel)
         except MultifdError as error:
-            raised = error.__cause__ or error
+            raised = (error.__cause__ if isinstance(error, CompressorError) else None) or error
             warnings.warn(
                 f"{self}: multifd_{direction}_cleanup raised {describe(raised)}", RuntimeWarning, stacklevel=1
             )

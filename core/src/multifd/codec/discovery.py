@@ -89,16 +89,19 @@ def provider_of(group: str, kind: str, name: str) -> Provider | None:
     """
     found = providers(group).get(name, [])
     if len(found) > 1:
-        raise CompressorError(f"the {kind} {name!r} is provided by {choose(found)}")
+        raise CompressorError(f"the {kind} {name!r} is provided by {choose(found, group)}")
     if not found and any(other.name == name for other in installed(group)):
         raise UsageError(f"the {kind} {name!r} is turned off, by --disable or {DISABLE}")
     return found[0] if found else None
 
 
-def choose(found: Iterable[Provider]) -> str:
+def choose(found: Iterable[Provider], group: str = ENTRY_POINT_GROUP) -> str:
     """Who they are, and how to keep one."""
     found = sorted(found, key=str)
-    return f"{' and '.join(map(str, found))}: keep one, with {' or '.join(each.off for each in found)} (or {DISABLE})"
+    owners = " and ".join(map(str, found))
+    if group == COMMAND_GROUP:  # they are found before options are read
+        return f"{owners}: keep one, with {' or '.join(f'{DISABLE}={each.dist.name}' for each in found if each.dist)}"
+    return f"{owners}: keep one, with {' or '.join(each.off for each in found)} (or {DISABLE})"
 
 
 def disable(given: Sequence[str]) -> None:
@@ -152,4 +155,8 @@ def flaw(found: Provider) -> str:
     package = found.target.partition(":")[0].partition(".")[0].strip()
     if not package.isidentifier():
         return f"its entry point {found.target!r} is no module:attribute"
-    return "" if util.find_spec(package) else f"there is no module {package!r}"
+    try:
+        there = util.find_spec(package) is not None
+    except (ValueError, ImportError):  # of a module that is imported, and was not found as others are
+        there = False
+    return "" if there else f"there is no module {package!r}"

@@ -10,7 +10,7 @@ from typing import Any
 from uuid import UUID
 
 from multifd.engine.headers import read_packet
-from multifd.errors import CallerError, MultifdError
+from multifd.errors import CallerError, MultifdError, os_errors
 from multifd.net.connection import MAIN_READ, Connection, Ended
 from multifd.net.recording import open_recording
 from multifd.snapshot.format import INDEX
@@ -30,9 +30,11 @@ def inspect(path: str | Path) -> dict[str, Any]:
     far as it goes; `ended` says how it ended.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise CallerError(f"{path} is not a directory: a recording and a snapshot both are")
-    return _snapshot(path) if (path / INDEX).exists() else _recording(path)
+    with os_errors(path, CallerError):
+        if not path.is_dir():
+            raise CallerError(f"{path} is not a directory: a recording and a snapshot both are")
+        is_snapshot = (path / INDEX).exists()
+    return _snapshot(path) if is_snapshot else _recording(path)
 
 
 def _snapshot(path: Path) -> dict[str, Any]:
@@ -183,6 +185,7 @@ def _channel(connection: Connection, parser: Parser, head: dict[str, Any]) -> _T
                 packet = read_packet(connection, header, size)
             except Ended:
                 return tally  # judged by its SYNCs: it may be cut after the last
+            tally.add(packet)
             if packet.normal or packet.zero:
                 check_packet(head.get("by_name", {}), packet, size)
                 tally.methods[method_name(packet.method)] += 1
@@ -191,7 +194,6 @@ def _channel(connection: Connection, parser: Parser, head: dict[str, Any]) -> _T
                     part = payload[: min(left, PACKET_SIZE)]
                     connection.read_into(part)
                     left -= len(part)
-            tally.add(packet)
     except MultifdError as error:
         tally.problem = str(error.at(name))
     return tally

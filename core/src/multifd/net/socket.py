@@ -152,7 +152,8 @@ class SocketConnection:
                 raise Stalled("nothing came in time") from None
 
         try:
-            self._socket.settimeout(max(0.001, deadline - time.monotonic()))
+            with os_errors(self.name):
+                self._socket.settimeout(max(0.001, deadline - time.monotonic()))
             return self._read(False, receive)
         finally:
             with suppress(OSError):

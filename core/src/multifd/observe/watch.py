@@ -31,10 +31,10 @@ class Clock:
         self.seconds[stage] += now - self._since
         self._since = now
 
-    def move(self, seconds: float, source: str, to: str) -> None:
-        """Count so much of one stage's time to another."""
-        self.seconds[source] -= seconds
-        self.seconds[to] += seconds
+    def count(self, stage: str, seconds: float) -> None:
+        """Count so much of the time since the last lap to a stage."""
+        self.seconds[stage] += seconds
+        self._since += seconds
 
 
 class _NoClock(Clock):
@@ -48,7 +48,7 @@ class _NoClock(Clock):
     def lap(self, stage: str) -> None:
         pass
 
-    def move(self, seconds: float, source: str, to: str) -> None:
+    def count(self, stage: str, seconds: float) -> None:
         pass
 
 

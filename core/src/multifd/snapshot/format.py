@@ -28,10 +28,11 @@ SYNC_MODES = ("section", "round")
 def read_index(directory: Path) -> dict[str, Any]:
     """What snapshot.json says.  Raises CallerError where there is none, or it is no JSON object."""
     path = directory / INDEX
-    if not path.exists():
-        raise CallerError(f"{directory} holds no {INDEX}: it is not a snapshot")
     with os_errors(path, CallerError):
-        text = path.read_bytes()
+        try:
+            text = path.read_bytes()
+        except FileNotFoundError:
+            raise CallerError(f"{directory} holds no {INDEX}: it is not a snapshot") from None
     try:
         index = json.loads(text)
     except ValueError as error:

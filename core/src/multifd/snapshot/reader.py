@@ -113,7 +113,9 @@ def open_snapshot(path: str | Path, *, block: str = "pc.ram", page_size: int | N
     neither, for an image that is empty or not a multiple of the page size.
     """
     path = Path(path)
-    if path.is_dir():
+    with os_errors(path, CallerError):
+        is_directory = path.is_dir()
+    if is_directory:
         snapshot = _open_directory(path)
         if page_size not in (None, snapshot.page_size):
             raise CallerError(

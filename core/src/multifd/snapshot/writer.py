@@ -20,6 +20,7 @@ from multifd.snapshot.format import (
     CONFIGURATION,
     DEVICE_STATE,
     FORMAT,
+    INDEX,
     read_index,
     sync_directory,
     write_index,
@@ -202,8 +203,11 @@ class SnapshotWriter:
             with os_errors(path), open(path, "rb") as file:
                 digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
         index = read_index(self.path)
-        for entry in index["blocks"]:
-            entry["sha256"] = digests[entry["file"]]
+        try:
+            for entry in index["blocks"]:
+                entry["sha256"] = digests[entry["file"]]
+        except (KeyError, TypeError) as error:
+            raise CallerError(f"{self.path / INDEX} was changed meanwhile: {type(error).__name__} {error}") from error
         with os_errors(self.path):
             write_index(self.path, index)
 

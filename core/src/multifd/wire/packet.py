@@ -121,7 +121,7 @@ class RamPacket:
 
         Only what the counts say is looked at: QEMU 7.2 leaves old numbers and names in the
         rest.  Raises PeerError for a wrong magic or version, for counts that do not fit, and
-        for a block name without its end.  Offsets are checked by `ram.check_packet`.
+        for a block name without its end.  Offsets are checked by `block.check_packet`.
         """
         magic, version, flags, alloc, normal, size, num, zero, name = RAM.unpack_from(data)
         _check_prefix(magic, version)

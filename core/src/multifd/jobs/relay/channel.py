@@ -98,8 +98,8 @@ class Channel:
             raise PeerError(f"packet {packet.packet_num}: a payload of {packet.next_packet_size} bytes is too long")
         self.destination.write([head])
         waited = self._passage.pass_on(packet.next_packet_size)
+        self._clock.count("wait", waited)
         self._clock.lap("write")
-        self._clock.move(waited, "write", "wait")
         payload = self._came.payload()
         self._came.packet(packet, head)
         self._went.packet(packet, head, payload)
@@ -125,6 +125,8 @@ class Channel:
             runs = [pages]
             if self._plan.find_zero_pages and not zero_as_normal:
                 packet, runs = writer.part(packet, pages)
+                if not runs:
+                    self._clock.lap("encode")
         writer.write(packet, runs)
 
     def counters(self, to: str | None) -> dict[Sample, float]:
