@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 from multifd.errors import MultifdError
 from multifd.net.connection import MAIN_READ, Connection
+from multifd.net.security import warn_exposed
+from multifd.net.socket import SocketConnection
 from multifd.observe.hooks import BACK, IN, OUT
 from multifd.observe.observers import Observers
 from multifd.wire.events import BlockList, CommandReceived, Configuration, Event, SyncPoint
@@ -62,11 +64,15 @@ class MainChannel:
         """Whether it has ended its stream as it should, or not at all: a destination that goes then is to blame."""
         return self._parser.complete or not self.source_ended
 
-    def pass_on(self, source: Connection, destination: Connection, on_event: Callable[[Event], None]) -> None:
+    def pass_on(
+        self, source: SocketConnection, destination: SocketConnection, on_event: Callable[[Event], None]
+    ) -> None:
         """From the source to the destination, until the source ends; `on_event` sees each event before it passes.
 
         Raises PeerError for what is no migration, Lost where the destination has gone, and what `on_event` raises.
         """
+        warn_exposed(source)
+        warn_exposed(destination)
         data = MAGIC.pack(VM_FILE_MAGIC)  # which told that it is the main channel
         while data:
             self._observers.main(IN, data)
@@ -75,6 +81,7 @@ class MainChannel:
             self._observers.main(OUT, passed)
             data = source.read_some(MAIN_READ)
         self.source_ended = True
+        destination.finish()  # it closes in its turn, when it is done
 
     def pass_back(self, destination: Connection, source: Connection) -> None:
         """The destination's answers, until it closes.  Raises Lost where the source has gone."""

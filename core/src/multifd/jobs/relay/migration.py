@@ -21,7 +21,6 @@ from multifd.jobs.relay.plan import Plan
 from multifd.net.connect import connect
 from multifd.net.connection import Lost
 from multifd.net.deadline import Silence
-from multifd.net.security import warn_exposed
 from multifd.net.socket import SocketConnection
 from multifd.observe.hooks import IN, OUT
 from multifd.wire.counts import Counts
@@ -226,14 +225,11 @@ class Migration:
 
     def _relay_main(self, source: SocketConnection) -> None:
         destination = self._destination = self._connect()
-        warn_exposed(source)
-        warn_exposed(destination)
         self._spawn(lambda: self._pass_back(destination, source))
         try:
             self._main.pass_on(source, destination, self._note)
         except Lost as lost:
             raise self._gone() from lost
-        destination.finish()  # it closes in its turn, when it is done
 
     def _note(self, event: Event) -> None:
         match event:
