@@ -47,7 +47,7 @@ def read_packet(connection: Readable, head: memoryview, page_size: int) -> RamPa
     """
     got = connection.read_into(head, at_least=PREFIX.size)
     if is_device_state(head[: PREFIX.size]):
-        raise PeerError("a device-state packet (VFIO), which is not taken here: detach such devices before a migration")
+        raise PeerError("a device-state packet: state of VFIO devices cannot be taken, detach them before a migration")
     if got < len(head):
         connection.read_into(head[got:], due=True)
     return RamPacket.unpack(head, page_size)
