@@ -175,6 +175,8 @@ def test_the_description_is_found_by_its_length() -> None:
     assert find_description(b"\0\6\0\0\0\3{}") is None
     assert find_description(b"\0\6\0\0\0\2[]") is None
     assert find_description(b"}") is None
+    nested = b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    assert find_description(b"\0\6" + len(nested).to_bytes(4) + nested) is None
 
 
 @pytest.mark.parametrize("sync", ["round", "section"])

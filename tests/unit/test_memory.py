@@ -92,6 +92,8 @@ def test_block_lists_that_no_source_sends() -> None:
     for length in (0, 100, PAGE + 1):
         with pytest.raises(PeerError, match=f"{length} bytes"):
             check_blocks([Block("a", length)], PAGE)
+    with pytest.raises(PeerError, match="9223372036854775808 bytes, more than a file can have"):
+        check_blocks([Block("a", 1 << 63)], PAGE)
 
 
 def test_arrivals_know_never_before_and_this_epoch() -> None:

@@ -35,7 +35,7 @@ def read_index(directory: Path) -> dict[str, Any]:
             raise CallerError(f"{directory} holds no {INDEX}: it is not a snapshot") from None
     try:
         index = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CallerError(f"{path} is damaged: {error}") from error
     if not isinstance(index, dict):
         raise CallerError(f"{path} is damaged: it is no JSON object")

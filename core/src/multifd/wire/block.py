@@ -10,6 +10,9 @@ from operator import or_
 from multifd.errors import PeerError
 from multifd.wire.packet import RamPacket
 
+#: Bytes of the longest file that the system's calls can name.
+MAX_LENGTH = (1 << 63) - 1
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -30,6 +33,8 @@ def check_blocks(blocks: Sequence[Block], page_size: int) -> None:
             raise PeerError(
                 f"RAM block {block.idstr} has {block.used_length} bytes, not a multiple of the page size {page_size}"
             )
+        if block.used_length > MAX_LENGTH:
+            raise PeerError(f"RAM block {block.idstr} has {block.used_length} bytes, more than a file can have")
 
 
 def check_offset(block: Block, offset: int, page_size: int) -> None:

@@ -386,7 +386,7 @@ def find_description(tail: bytes | bytearray) -> dict[str, Any] | None:
         if text < len(tail) and text + U32.unpack_from(tail, text - U32.size)[0] == len(tail):
             try:
                 found = json.loads(tail[text:])
-            except ValueError:
+            except (ValueError, RecursionError):  # no JSON, or nested deeper than anybody's
                 return None
             return found if isinstance(found, dict) else None
     return None
