@@ -72,11 +72,11 @@ class Observers:
         """For one channel; `stages` are its direction's, `clock` is where its time is counted already, if it is."""
         if not self._observers:
             return Watch(clock)
-        return Watching(self, ObservedChannel(direction, init.id, init.pack()), stages, clock or Clock(stages))
+        return Watching(self.packet, ObservedChannel(direction, init.id, init.pack()), stages, clock or Clock(stages))
 
     def watch_main(self, connection: Connection, *, read: str, written: str) -> Connection:
         """The main channel, watched; `read` and `written` are the directions."""
-        return cast(Connection, WatchedMain(connection, self, read, written)) if self._observers else connection
+        return cast(Connection, WatchedMain(connection, self.main, read, written)) if self._observers else connection
 
     def main(self, direction: str, data: Buffer) -> None:
         """Bytes of the main channel have passed."""

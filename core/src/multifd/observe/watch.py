@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from multifd.net.connection import Connection, Readable
 from multifd.observe.hooks import ObservedChannel, Times
@@ -75,30 +75,17 @@ class Watch:
         """A packet has passed, its payload is what `tee` saw unless given.  What observers take is nobody's stage."""
 
 
-class Audience(Protocol):
-    """Who is shown packets and the main channel."""
-
-    def packet(
-        self,
-        channel: ObservedChannel,
-        packet: RamPacket,
-        header: memoryview,
-        payload: Sequence[memoryview],
-        times: Times,
-    ) -> None:
-        """A packet has passed."""
-
-    def main(self, direction: str, data: Buffer) -> None:
-        """Bytes of the main channel have passed."""
+#: Shows a packet to those who look on: as `hooks.multifd_observe_packet`.
+Show = Callable[[ObservedChannel, RamPacket, memoryview, Sequence[memoryview], Times], None]
 
 
 class Watching(Watch):
     """A channel that is shown; owned by its thread."""
 
-    def __init__(self, audience: Audience, channel: ObservedChannel, stages: Sequence[str], clock: Clock) -> None:
+    def __init__(self, show: Show, channel: ObservedChannel, stages: Sequence[str], clock: Clock) -> None:
         """`stages` are those of `clock` that are this direction's."""
         super().__init__(clock)
-        self._audience = audience
+        self._show = show
         self._channel = channel
         self._before = dict.fromkeys(stages, 0.0)
         self._read = 0.0
@@ -129,7 +116,7 @@ class Watching(Watch):
             spent["read"] = self._read
         views = tuple(memoryview(piece).toreadonly() for piece in (self._pieces if payload is None else payload))
         head = memoryview(header).toreadonly()
-        self._audience.packet(self._channel, packet, head, views, Times(**spent))
+        self._show(self._channel, packet, head, views, Times(**spent))
         self._read = 0.0
         self._pieces = []
         self.clock.restart()
@@ -152,21 +139,22 @@ class _Tee:
 class WatchedMain:
     """A main channel whose bytes are shown; everything else is the connection's own."""
 
-    def __init__(self, connection: Connection, audience: Audience, read: str, written: str) -> None:
+    def __init__(self, connection: Connection, show: Callable[[str, Buffer], None], read: str, written: str) -> None:
+        """`show` is given a direction and its bytes."""
         self._connection = connection
-        self._audience = audience
+        self._show = show
         self._directions = read, written
 
     def read_some(self, limit: int, *, due: bool = False) -> bytes:
         data = self._connection.read_some(limit, due=due)
         if data:
-            self._audience.main(self._directions[0], data)
+            self._show(self._directions[0], data)
         return data
 
     def write(self, buffers: Sequence[Buffer]) -> None:
         self._connection.write(buffers)
         for buffer in buffers:
-            self._audience.main(self._directions[1], buffer)
+            self._show(self._directions[1], buffer)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._connection, name)
