@@ -18,6 +18,7 @@ from multifd import _compat
 sys.meta_path.append(_compat.Finder)  # first: another thread may be looking for an old name already
 
 TYPE_CHECKING = False  # typing's own takes longer to import than all of this
+
 if TYPE_CHECKING:
     from typing import Any
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 
 TYPE_CHECKING = False
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from importlib.machinery import ModuleSpec

@@ -66,8 +66,10 @@ OBSERVER_GROUP = "multifd.observers"
 COMMAND_GROUP = "multifd.commands"
 #: Version of this contract; a compressor states the one it was written for.
 API_VERSION = 1
+
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
+
 OptionValue = bool | int | str
 
 

@@ -85,8 +85,7 @@ def _brought_by(name: str) -> Configure:
         from multifd.hookspecs import COMMAND_GROUP
 
         provider = provider_of(COMMAND_GROUP, "command", name)
-        if provider is None:
-            raise HostError(f"nobody provides the command {name!r}")
+        assert provider is not None, "it was found among them"
 
         @contextmanager
         def guarded() -> Iterator[None]:

@@ -19,12 +19,14 @@ try:  # wheels exist for x86-64 and aarch64; elsewhere zlib does it all
     from isal import isal_zlib
 except ImportError:
     isal = isal_zlib = None
+
 PROVIDER = "zlib+ISA-L" if isal_zlib else "zlib"
 VERSION = zlib.ZLIB_RUNTIME_VERSION + (f"+{isal.ISAL_VERSION}" if isal_zlib else "")
 #: What a decompressor raises for damaged data.
 ERRORS = (zlib.error, isal_zlib.error) if isal_zlib else (zlib.error,)
 #: Bytes decoded at once, however much there is: larger pieces are no faster and cost a process 20 MiB per channel.
 STEP = 64 * 1024
+
 decompressobj = (isal_zlib or zlib).decompressobj
 crc32 = (isal_zlib or zlib).crc32
 

@@ -28,6 +28,7 @@ from multifd.wire.flags import DEFAULT_PAGE_SIZE
 from multifd.wire.packet import Buffer
 
 T = TypeVar("T")
+
 FALLBACK = "sw-fallback"
 FALLBACK_OPTION = Option(FALLBACK, True, "off: an error where the device cannot do it, instead of software")
 #: Packets, or jobs of one, in a row that a device may fail before its channel stops asking it.

@@ -83,7 +83,7 @@ def send(
     if zero_pages not in ZERO_PAGES or sync not in SYNC_MODES:
         raise UsageError(f"zero_pages {zero_pages!r} or sync {sync!r} is none of {ZERO_PAGES}, {SYNC_MODES}")
     wrap = connecting_wrap(tls_creds, tls_hostname, target)
-    choice = Choice.parse(compressor, partial(_sample, source), source.page_size)
+    choice = Choice.parse(compressor, partial(_sample, source), page_size)
     if qmp is not None and len(choice.flags) > 1:
         raise UsageError(
             f"QEMU takes packets of one method: {ADAPTIVE} is between multifd's own ends; name a compressor"

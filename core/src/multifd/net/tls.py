@@ -22,10 +22,12 @@ from multifd.net.socket import SocketConnection, Wrap
 from multifd.wire.packet import Buffer
 
 T = TypeVar("T")
+
 AUTHORITY = "ca-cert.pem"
 #: Certificates taken back; looked at where it is there, as QEMU does.
 REVOKED = "ca-crl.pem"
 #: Encrypted bytes taken from the socket at once.
+
 READ = 256 * 1024
 
 

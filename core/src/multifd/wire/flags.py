@@ -13,6 +13,7 @@ MULTIFD_VERSION = 1
 VM_FILE_MAGIC = 0x5145564D  # "QEVM"
 VM_FILE_VERSION = 3
 RAM_VERSION = 4
+
 #: Memory in one packet, bytes; a packet holds PACKET_SIZE // page_size pages.
 PACKET_SIZE = 512 * 1024
 #: QEMU's receivers read a compressed payload into a buffer of this many bytes.
@@ -32,6 +33,7 @@ class PacketFlag(IntFlag):
 #: out one bit per method but compares the field for equality, so it is a number of 0..31.
 COMPRESSION_SHIFT = 1
 COMPRESSION_MASK = 0x1F << COMPRESSION_SHIFT  # QEMU 9.2 and later; four bits in 9.1, three from 5.0 to 9.0
+
 #: Method -> number in the compression field.
 METHODS = {"none": 0, "zlib": 1, "zstd": 2, "qpl": 4, "uadk": 8, "qatzip": 16}
 #: Those that QEMU has for devices.

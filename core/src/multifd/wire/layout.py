@@ -12,6 +12,7 @@ WORD = struct.Struct(">Q")
 ZERO_WORD = struct.Struct(">QB")
 SECTION_HEAD = struct.Struct(">II")
 COMMAND_HEAD = struct.Struct(">HH")
+
 # Plain numbers: arithmetic with an IntFlag makes a member of every result, for words of a peer.
 ZERO = RamSave.ZERO.value
 PAGE = RamSave.PAGE.value

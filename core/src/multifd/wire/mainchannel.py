@@ -48,12 +48,14 @@ from multifd.wire.packet import PAGE_SIZES
 
 #: Bytes of data of the commands known here.
 COMMAND_LENGTHS: dict[int, int] = {Command.OPEN_RETURN_PATH: 0, Command.PING: 4, Command.SWITCHOVER_START: 0}
+
 MAX_MACHINE_NAME = 256
 MAX_BLOCKS = 4096
 #: A description longer than this is not looked for (QEMU's are some 10 KiB to a few 100 KiB).
 MAX_DESCRIPTION = 16 << 20
 #: ZERO words read in one step; keeps an event small.
 ZERO_BATCH = 1024
+
 _POSTCOPY = "turn postcopy-ram off on the source: this side cannot take it"
 
 

@@ -13,6 +13,7 @@ from multifd.errors import PeerError
 from multifd.wire.flags import COMPRESSION_SHIFT, MULTIFD_MAGIC, MULTIFD_VERSION, PACKET_SIZE, PacketFlag, method_number
 
 Buffer = bytes | bytearray | memoryview
+
 MAGIC = struct.Struct(">I")
 #: magic, version, uuid, id; then 39 reserved bytes.
 INIT = struct.Struct(">II16sB39x")
@@ -21,9 +22,11 @@ PREFIX = struct.Struct(">III")
 #: magic, version, flags, pages_alloc, normal_pages, next_packet_size, packet_num, zero_pages,
 #: 28 reserved bytes, ramblock; the offsets follow.
 RAM = struct.Struct(">IIIIIIQI28x256s")
+
 # Plain numbers: arithmetic with an IntFlag makes a member of every result, for packets of a peer.
 SYNC = PacketFlag.SYNC.value
 DEVICE_STATE_FLAG = PacketFlag.DEVICE_STATE.value
+
 PAGE_SIZES = tuple(1 << bits for bits in range(10, 17))
 
 
