@@ -22,6 +22,7 @@ TYPE_CHECKING = False  # typing's own takes longer to import than all of this
 if TYPE_CHECKING:
     from typing import Any
 
+    from multifd import errors, formats, hookspecs
     from multifd.codec.probing import compressors
     from multifd.jobs.destination import receive
     from multifd.jobs.inspect import inspect
@@ -29,7 +30,17 @@ if TYPE_CHECKING:
     from multifd.jobs.source import send
     from multifd.snapshot.reader import open_snapshot
 
-__all__ = ["Relay", "compressors", "inspect", "open_snapshot", "receive", "send"]
+__all__ = [
+    "Relay",
+    "compressors",
+    "errors",
+    "formats",
+    "hookspecs",
+    "inspect",
+    "open_snapshot",
+    "receive",
+    "send",
+]
 
 __version__ = "0.2.0"
 
@@ -39,6 +50,6 @@ def __getattr__(name: str) -> Any:
 
     if name in _compat.PROMISED:
         return getattr(import_module(_compat.PROMISED[name]), name)
-    if f"multifd.{name}" in _compat.MOVED:
+    if name in _compat.MODULES or f"multifd.{name}" in _compat.MOVED:
         return import_module(f"multifd.{name}")
     raise AttributeError(f"module 'multifd' has no attribute {name!r}")

@@ -30,6 +30,8 @@ PROMISED = {
     "receive": "multifd.jobs.destination",
     "send": "multifd.jobs.source",
 }
+#: Its promised modules.
+MODULES = ("errors", "formats", "hookspecs")
 #: A module of 0.1 -> where its names are now: looked for in this order, `old=module:new` renames one.
 MOVED: dict[str, tuple[str, ...]] = {
     "multifd.bench": ("multifd.jobs.bench.measure", "multifd.jobs.bench.model", "multifd.jobs.bench.picture"),
