@@ -21,7 +21,7 @@ CAPTURE = "q72-none-2ch"
 
 def test_there_are_examples() -> None:
     """Those with a monitor run in tests/qemu."""
-    assert {"multifd", "multifd.jobs.source:send", "multifd.jobs.relay.server"} <= set(FOUND)
+    assert {"multifd", "multifd.jobs.source.send:send", "multifd.jobs.relay.server"} <= set(FOUND)
 
 
 @pytest.mark.parametrize("where", FOUND)

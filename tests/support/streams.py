@@ -162,10 +162,44 @@ def small(method: str = "none", *, page_size: int = 65536, return_path: bool = F
         page_size=page_size,
         number=channels,
     )
-    first = sync(page_size)
-    last = sync(page_size, channels + 1)
-    streams = [init(0) + first + body + last] + [init(number) + first + last for number in range(1, channels)]
+    first = [sync(page_size, number) for number in range(channels)]
+    last = [sync(page_size, channels + 1 + number) for number in range(channels)]
+    streams = [init(0) + first[0] + body + last[0]] + [
+        init(number) + first[number] + last[number] for number in range(1, channels)
+    ]
     return Stream(main, streams, {"pc.ram": b"".join(pages)})
+
+
+def merged(stream: Stream) -> tuple[Stream, bytes]:
+    """`small` of one channel, its last SYNC in its packet of pages, as QEMU 7.2 does; and what 7.2 sends after it."""
+    size = 65536
+    data = bytearray(stream.channels[0][: -header_length(size)])
+    room = struct.pack(">I", PACKET // size)
+    data[64 + 12 : 64 + 16] = room
+    page = 64 + header_length(size)
+    data[page + 11] |= 1
+    struct.pack_into(">Q", data, page + 24, 2)
+    empty = packet(block="", page_size=size, flags=0, size=77, number=2)
+    return Stream(stream.main, [bytes(data)], stream.ram), empty
+
+
+def numbered(channels: Sequence[bytes]) -> list[bytes]:
+    """The channels with their packets numbered as QEMU 10.0 does, round by round, whatever else is wrong with them."""
+    found = [bytearray(data) for data in channels]
+    start = struct.pack(">II", MAGIC, 1)
+    ends = [64] * len(found)
+    number = 0
+    while any(data.find(start, end) >= 0 for data, end in zip(found, ends, strict=True)):
+        for channel, data in enumerate(found):
+            synced = False
+            while not synced and (at := data.find(start, ends[channel])) >= 0:
+                ends[channel] = at + 8
+                if len(data) < at + 32:
+                    break
+                synced = bool(data[at + 11] & 1)
+                struct.pack_into(">Q", data, at + 24, number)
+                number += 1
+    return [bytes(data) for data in found]
 
 
 def encode(method: str, data: bytes, page_size: int = 4096) -> bytes:

@@ -54,7 +54,7 @@ def test_sync_packet_names_no_method_and_no_page() -> None:
 def test_qemu_before_9_0_leaves_old_numbers_behind() -> None:
     """QEMU 7.2: a SYNC with the previous packet's size, name and offsets, alloc 128."""
     stale = streams.packet([4096] * 3, block="pc.ram", size=12288, flags=1, counts=(0, 0))
-    assert RamPacket.unpack(stale, 4096) == RamPacket(sync=True)
+    assert RamPacket.unpack(stale, 4096) == RamPacket(sync=True, room=128)
     with_data = streams.packet([8192], size=77, flags=0x02 | 1)
     packet = RamPacket.unpack(with_data, 4096)
     assert (packet.sync, packet.normal, packet.next_packet_size, packet.method) == (True, (8192,), 77, 1)

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
     from multifd import errors, formats, hookspecs
     from multifd.codec.probing import compressors
-    from multifd.jobs.destination import receive
+    from multifd.jobs.destination.receive import receive
     from multifd.jobs.inspect import inspect
     from multifd.jobs.relay.server import Relay
-    from multifd.jobs.source import send
+    from multifd.jobs.source.send import send
     from multifd.snapshot.reader import open_snapshot
 
 __all__ = [

@@ -27,8 +27,8 @@ PROMISED = {
     "compressors": "multifd.codec.probing",
     "inspect": "multifd.jobs.inspect",
     "open_snapshot": "multifd.snapshot.reader",
-    "receive": "multifd.jobs.destination",
-    "send": "multifd.jobs.source",
+    "receive": "multifd.jobs.destination.receive",
+    "send": "multifd.jobs.source.send",
 }
 #: Its promised modules.
 MODULES = ("errors", "formats", "hookspecs")
@@ -42,8 +42,8 @@ MOVED: dict[str, tuple[str, ...]] = {
     "multifd.migrate": (
         "multifd.jobs.report",
         "multifd.net.deadline",
-        "multifd.jobs.source",
-        "multifd.jobs.destination",
+        "multifd.jobs.source.send",
+        "multifd.jobs.destination.receive",
     ),
     "multifd.observers": ("multifd.observe.hooks", "multifd.observe.observers"),
     "multifd.pagedevice": ("multifd.formats.pagedevice",),

@@ -42,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> Run:
 
 def run(arguments: argparse.Namespace) -> int:
     """Do it."""
-    from multifd.jobs.destination import receive
+    from multifd.jobs.destination.receive import receive
     from multifd.net.deadline import DEFAULT_TIMEOUT
 
     with ProgressLine() as line:

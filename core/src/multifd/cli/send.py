@@ -61,7 +61,7 @@ def configure(parser: argparse.ArgumentParser) -> Run:
 def run(arguments: argparse.Namespace) -> int:
     """Do it."""
     from multifd.jobs.report import DEFAULT_CHANNELS
-    from multifd.jobs.source import send
+    from multifd.jobs.source.send import send
     from multifd.net.deadline import DEFAULT_TIMEOUT
     from multifd.snapshot.reader import open_snapshot
 

@@ -56,7 +56,7 @@ class Decoder:
         try:
             self._connection.read_into(wanted, due=True)
         except Ended as ended:
-            raise PeerError(f"inside a payload, {ended}") from None
+            raise Ended(f"inside a payload, {ended}") from None
 
     @property
     def statistics(self) -> Counter[str]:

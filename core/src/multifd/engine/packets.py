@@ -50,6 +50,7 @@ class PacketWriter:
             packet.normal,
             packet.zero,
             sum(map(len, payload)),
+            packet.room,
         )
         header = packet.pack(self._size)
         self._connection.write([header, *payload])

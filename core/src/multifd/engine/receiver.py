@@ -8,25 +8,34 @@ the memory.  Everything of a packet is checked before a byte of memory is.
 from __future__ import annotations
 
 import threading
-from collections import Counter
+import warnings
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from multifd.codec.readers import Readers
 from multifd.engine.decoder import Decoder
 from multifd.engine.headers import read_packet
-from multifd.errors import MultifdError, PeerError
+from multifd.errors import MultifdError, PeerError, counted
 from multifd.memory.buffer import packet_buffer
 from multifd.memory.runs import runs
 from multifd.net.connection import Connection, Ended
 from multifd.net.deadline import Silence
+from multifd.net.wake import Wake
 from multifd.observe.hooks import IN
 from multifd.observe.observers import Observers
 from multifd.observe.watch import Watch
 from multifd.wire.block import Block, check_packet
 from multifd.wire.counts import Counts
+from multifd.wire.numbers import ChannelNumbers, Numbers, Round
 from multifd.wire.packet import InitPacket, RamPacket, header_length
+
+#: Seconds that a source may take to close its channels once it has its answer.
+LETTING_GO = 1.0
+#: Bytes read at once of what comes afterwards.
+AFTERWARDS = 4096
 
 
 class PageStore(Protocol):
@@ -50,19 +59,22 @@ class Memory:
 
 @dataclass(slots=True)
 class _RecvChannel:
-    """Owned by its thread, but for `syncs` and `ended`, which the lock guards.
+    """Owned by its thread, but for what the lock guards: `rounds` and what follows it.
 
-    `finish` looks at `fresh_pages`, too: of a channel that has stopped they are what came after its last SYNC.
+    `rounds` are those that sync points have not taken yet, `over` says that nothing more is taken from it, `ended` why
+    where its source has ended it.  `finish` looks at `numbers` once it is over.
     """
 
     id: int
     connection: Connection
     decoder: Decoder
     watch: Watch
-    syncs: int = 0
-    fresh_pages: int = 0
-    ended: str = ""
     counts: Counts = field(default_factory=Counts)
+    numbers: ChannelNumbers = field(default_factory=ChannelNumbers)
+    rounds: deque[Round] = field(default_factory=deque)
+    syncs: int = 0
+    over: bool = False
+    ended: str = ""
 
 
 class RecvChannels:
@@ -78,10 +90,13 @@ class RecvChannels:
         self._readers = readers
         self._silence = silence
         self._on_failure = on_failure
+        #: The main channel is complete: what is not here by now does not come.
+        self._main_complete = Wake()
         self._changed = threading.Condition()
         # Guarded by the condition:
         self._channels: dict[int, _RecvChannel] = {}
         self._memory: Memory | None = None
+        self._numbers: Numbers | None = None
         self._passed = 0
         self._over = False
         self._failure: BaseException | None = None
@@ -123,13 +138,15 @@ class RecvChannels:
         """The RAM blocks are known: let the channels read."""
         with self._changed:
             self._memory = memory
+            self._numbers = Numbers(memory.page_size)
             self._changed.notify_all()
 
     def sync_point(self, between: Callable[[], None]) -> None:
         """The main channel is at its next marker: wait for every channel's SYNC, then go on.
 
-        `between` is called while all of them stand still.  Raises PeerError where a channel
-        ended before, is missing, or nothing moves for the timeout; or the first failure.
+        `between` is called while all of them stand still.  Raises PeerError where a packet of the round is missing or
+        came twice, where a channel ended before (Ended), is missing, or nothing moves for the timeout; or the first
+        failure.
         """
         with self._changed:
             number = self._passed + 1
@@ -139,35 +156,53 @@ class RecvChannels:
                 if not self._changed.wait(self._silence.interval):
                     self._silence.check(late, awaited=True)
             self._raise_failure()
+            assert self._numbers is not None  # its channels read
+            if odd := self._numbers.sync_point([channel.rounds.popleft() for channel in self._channels.values()]):
+                warnings.warn(odd, RuntimeWarning, stacklevel=2)
             between()
             self._passed = number
             self._silence.awaited = False
             self._changed.notify_all()
 
-    def finish(self) -> None:
+    def finish(self, *, source_waits: bool) -> None:
         """The main channel is complete.  Raises PeerError where a channel is not.
 
-        Each is read to its end first: to where its recording ends, or to the end of what has come.  A live one stays
-        open while the source waits for our answer, but nothing belongs there any more: what a source sends before it
-        ends its main channel is in our socket by then, or as good as.
+        Each is read to its end first: to where its recording or its source ends it, or, where the source waits for
+        our answer, to the end of what has come: nothing belongs there any more, and what a source sends before it ends
+        its main channel is in our socket by then, or as good as.
         """
         with self._changed:
-            for channel in self._channels.values():
-                channel.connection.interrupt(reading_only=True)
+            if not source_waits:
+                self._wait_for_ends()
+            self._main_complete.set()
             self._changed.wait_for(
                 lambda: (
                     self._over
-                    or all(channel.ended or channel.syncs > self._passed for channel in self._channels.values())
+                    or all(channel.over or channel.syncs > self._passed for channel in self._channels.values())
                 )
             )
             self._raise_failure()
             for channel in self._channels.values():
-                if channel.syncs != self._passed or channel.fresh_pages:
+                if channel.syncs != self._passed or channel.numbers.since_sync:
                     raise PeerError(
-                        f"channel {channel.id}: {channel.syncs} SYNCs and {channel.fresh_pages} pages after the last, "
-                        f"but the main channel ended after {self._passed} sync points"
+                        f"channel {channel.id}: {channel.syncs} SYNCs and "
+                        f"{counted(channel.numbers.since_sync, 'packet')} after the last, but the main channel ended "
+                        f"after {self._passed} sync points"
                     )
-        self.stop()
+            self._over = True
+
+    def let_go(self) -> None:
+        """The source has its answer: wait for its end of each channel, for LETTING_GO seconds at most.
+
+        QEMU 7.2 may still write an empty packet, and takes a connection that is closed then for a failure.
+        """
+        with self._changed:
+            self._wait_for_ends()
+
+    def _wait_for_ends(self) -> None:
+        self._changed.wait_for(
+            lambda: self._failure is not None or all(channel.ended for channel in self._channels.values()), LETTING_GO
+        )
 
     def stop(self) -> None:
         """Wake all threads and let them end."""
@@ -177,6 +212,10 @@ class RecvChannels:
             channels = list(self._channels.values())
         for channel in channels:
             channel.connection.interrupt()
+
+    def close(self) -> None:
+        """When no thread is left."""
+        self._main_complete.close()
 
     def fail(self, error: BaseException) -> None:
         """Stop everything; the first error is the one that is raised."""
@@ -202,7 +241,7 @@ class RecvChannels:
             return "failed"
         for channel in self._channels.values():
             if channel.syncs < number and channel.ended:
-                raise PeerError(f"channel {channel.id}: {channel.ended} before SYNC {number}: did the source fail?")
+                raise Ended(f"channel {channel.id}: {channel.ended}, before SYNC {number}")
         if len(self._channels) < self.count:
             return (
                 f"{len(self._channels)} of {self.count} multifd channels came: start both sides with the same "
@@ -240,35 +279,50 @@ class RecvChannels:
             memory = self._memory
         if memory is None or self._over:
             return
-        size = memory.page_size
-        header = bytearray(header_length(size))
-        head = memoryview(header)
+        channel.watch.begin(memory.page_size)
+        ended = self._take_packets(channel, memory)
+        self._is_over(channel, ended)
+        if not ended:
+            with suppress(MultifdError):  # what comes now, nobody waits for
+                while channel.connection.read_some(AFTERWARDS):
+                    pass
+            self._is_over(channel, "the connection ended")
+
+    def _is_over(self, channel: _RecvChannel, ended: str = "") -> None:
+        with self._changed:
+            channel.over = True
+            channel.ended = ended
+            self._changed.notify_all()
+
+    def _take_packets(self, channel: _RecvChannel, memory: Memory) -> str:
+        """Until the source ends the channel, and how; or, with nothing to say, until the main channel is complete and
+        nothing is here.  Raises what packets can be wrong in, Ended inside of one.
+        """
+        header = memoryview(bytearray(header_length(memory.page_size)))
         pages = memoryview(packet_buffer())
-        channel.watch.begin(size)
-        while not self._over:
+        while not self._over and channel.connection.ready(self._main_complete):
             try:
-                packet = read_packet(channel.connection, head, size)
+                packet = read_packet(channel.connection, header, memory.page_size)
             except Ended as ended:
-                # Whether it may end here is known at the next sync point, or at the end: QEMU 7.2
-                # can be cut inside an empty packet after the last SYNC.
-                with self._changed:
-                    channel.ended = str(ended)
-                    self._changed.notify_all()
-                return
+                # Whether it may end here is known at the next sync point, or at the end.
+                if ended.got and not channel.numbers.may_end_in(header[: ended.got]):
+                    raise
+                return str(ended)
             channel.watch.clock.lap("wait")
+            ended_round = channel.numbers.add(packet)
             if packet.normal or packet.zero:
                 self._take(channel, memory, packet, pages)
             channel.counts.add(packet)
-            channel.watch.packet(packet, head)
-            if packet.sync and not self._wait_at_sync(channel):
-                return
+            channel.watch.packet(packet, header)
+            if ended_round is not None:
+                self._wait_at_sync(channel, ended_round)
+        return ""
 
     def _take(self, channel: _RecvChannel, memory: Memory, packet: RamPacket, buffer: memoryview) -> None:
         size = memory.page_size
         self._readers.check(packet.method)
         block = check_packet(memory.blocks, packet, size)
         store = memory.stores[block.idstr]
-        channel.fresh_pages += len(packet.normal) + len(packet.zero)
         for offset, length in runs(packet.zero, size):
             store.clear(offset, length)
         if packet.normal:
@@ -280,12 +334,11 @@ class RecvChannels:
                 store.store(offset, pages[done : done + length])
                 done += length
 
-    def _wait_at_sync(self, channel: _RecvChannel) -> bool:
-        """Stop until the sync point is passed; False where the migration is over instead."""
+    def _wait_at_sync(self, channel: _RecvChannel, ended: Round) -> None:
+        """Stop until the sync point is passed, or the migration is over instead."""
         with self._changed:
+            channel.rounds.append(ended)
             channel.syncs += 1
-            channel.fresh_pages = 0
             self._silence.awaited = True
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._passed >= channel.syncs or self._over)
-            return not self._over

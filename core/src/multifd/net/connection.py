@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from multifd.errors import HostError, PeerError
+from multifd.net.wake import Wake
 from multifd.wire.packet import Buffer
 
 
@@ -42,6 +43,9 @@ class Connection(Readable, Protocol):
     name: str
     bytes_read: int
     bytes_written: int
+
+    def ready(self, wake: Wake) -> bool:
+        """Wait until a byte or the end can be read; False where neither is here and `wake` is set."""
 
     def read_first(self, view: memoryview, deadline: float) -> int:
         """Fill `view` before `deadline` (monotonic); how many bytes came before the end."""

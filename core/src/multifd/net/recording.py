@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 from multifd.errors import CallerError, HostError, os_errors
 from multifd.net.connection import Ended
+from multifd.net.wake import Wake
 from multifd.wire.packet import Buffer
 
 MAIN_FILE = "main.bin"
@@ -33,6 +34,9 @@ class RecordedConnection:
                 self._raw.close()
                 raise HostError(f"{path} is compressed with zstd: pip install zstandard, or unpack it with `zstd -d`")
             self._file = reader
+
+    def ready(self, wake: Wake) -> bool:  # noqa: ARG002 - a file never waits
+        return True
 
     def read_first(self, view: memoryview, deadline: float) -> int:  # noqa: ARG002 - a file never waits
         try:

@@ -17,6 +17,7 @@ from contextlib import suppress
 from multifd.errors import PeerError, os_errors
 from multifd.net.connection import Ended, Lost, Stalled
 from multifd.net.deadline import Silence
+from multifd.net.wake import Wake
 from multifd.wire.packet import Buffer
 
 #: sendmsg takes at most this many buffers (Linux's UIO_MAXIOV).
@@ -32,6 +33,7 @@ class SocketConnection:
         self.bytes_written = 0
         self._socket = sock
         self._silence = silence
+        self._waiting: select.poll | None = None
         self._tcp = sock.family != socket.AF_UNIX
         sock.settimeout(None)
         if self._tcp:
@@ -47,6 +49,16 @@ class SocketConnection:
         interval = struct.pack("@ll", int(seconds), max(1000, int(fraction * 1e6)))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
+
+    def ready(self, wake: Wake) -> bool:
+        if self._waiting is None:
+            self._waiting = select.poll()
+            self._waiting.register(self._socket, select.POLLIN)
+            self._waiting.register(wake, select.POLLIN)
+        with os_errors(self.name):
+            while not (found := self._waiting.poll(self._silence.interval * 1000)):
+                self._silence.check("waiting for data", awaited=self._silence.awaited)
+        return len(found) > 1 or found[0][0] != wake.fileno()
 
     def read_into(self, view: memoryview, *, at_least: int | None = None, due: bool = False) -> int:
         wanted = len(view) if at_least is None else at_least

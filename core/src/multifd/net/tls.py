@@ -19,6 +19,7 @@ from multifd.errors import CallerError, MultifdError, PeerError, UsageError, os_
 from multifd.net.connection import Stalled
 from multifd.net.deadline import Silence
 from multifd.net.socket import SocketConnection, Wrap
+from multifd.net.wake import Wake
 from multifd.wire.packet import Buffer
 
 T = TypeVar("T")
@@ -99,6 +100,10 @@ def _readable(path: Path) -> None:
         ) from error
 
 
+class _Nothing(Exception):
+    """Not even a byte is here."""
+
+
 class TlsConnection(SocketConnection):
     """A connection whose bytes are encrypted; `bytes_read` and `bytes_written` count them so.
 
@@ -117,6 +122,8 @@ class TlsConnection(SocketConnection):
         self._goes = ssl.MemoryBIO()
         self._session = context.wrap_bio(self._came, self._goes, server_side=host is None, server_hostname=host)
         self._begun = False
+        #: A byte that was read to learn whether there is one.
+        self._ahead = bytearray()
         self._cipher = memoryview(bytearray(READ))
 
     def begin(self, deadline: float) -> None:
@@ -136,6 +143,21 @@ class TlsConnection(SocketConnection):
 
     def exposed(self) -> bool:
         return False
+
+    def ready(self, wake: Wake) -> bool:
+        def fetch() -> int:
+            if not super(TlsConnection, self).ready(wake):
+                raise _Nothing
+            return super(TlsConnection, self)._receive(self._cipher, 0, False)
+
+        if not self._ahead:
+            # What is on the socket may be less than a record, or none of the peer's words: only decrypting tells.
+            first = bytearray(1)
+            try:
+                self._ahead = first[: self._decrypt(memoryview(first), fetch)]
+            except _Nothing:
+                return False
+        return True
 
     def _step(self, action: Callable[[], T], fetch: Callable[[], int]) -> T:
         """Do something with the session, which may need more bytes of the other side first."""
@@ -175,6 +197,10 @@ class TlsConnection(SocketConnection):
         return super()._receive_by(self._cipher, deadline)
 
     def _decrypt(self, view: memoryview, fetch: Callable[[], int]) -> int:
+        if self._ahead:
+            view[: len(self._ahead)] = self._ahead
+            self._ahead = bytearray()
+            return 1
         try:
             return self._step(lambda: self._session.read(len(view), view), fetch)  # type: ignore[return-value]
         except (ssl.SSLEOFError, ssl.SSLZeroReturnError):

@@ -82,7 +82,8 @@ class RamPacket:
     `method` is the number in the compression field.  `normal` and `zero` are byte offsets in
     the block; the payload holds the normal pages in this order.  `next_packet_size` is the
     payload's length in bytes, 0 where no page is normal, whatever the header said (senders
-    before 9.0 leave the previous packet's number there).
+    before 9.0 leave the previous packet's number there).  `room` is how many pages a packet without any has room for:
+    none, as from 10.0 on, unless it came with more.
     """
 
     method: int = 0
@@ -92,6 +93,7 @@ class RamPacket:
     normal: tuple[int, ...] = ()
     zero: tuple[int, ...] = ()
     next_packet_size: int = 0
+    room: int = 0
 
     def pack(self, page_size: int) -> bytes:
         """The header as QEMU 9.0 and later write it; the payload follows it on the wire."""
@@ -106,7 +108,7 @@ class RamPacket:
                     MULTIFD_MAGIC,
                     MULTIFD_VERSION,
                     flags | (SYNC if self.sync else 0),
-                    room if offsets else 0,
+                    room if offsets else self.room,
                     len(self.normal),
                     self.next_packet_size,
                     self.packet_num,
@@ -152,7 +154,14 @@ class RamPacket:
             offsets[:normal],
             offsets[normal:],
             size if normal else 0,
+            0 if offsets else alloc,
         )
+
+
+def may_be_empty(cut: Buffer) -> bool:
+    """Whether what came of a header can be of a packet without pages, SYNC and method."""
+    _, _, flags, _, normal, _, _, zero, _ = RAM.unpack(bytes(cut[: RAM.size]).ljust(RAM.size, b"\0"))
+    return not (flags or normal or zero)
 
 
 def is_device_state(prefix: Buffer) -> bool:

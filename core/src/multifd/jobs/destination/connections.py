@@ -28,7 +28,10 @@ class Connections:
         self.readers = readers
         self.observers = observers
         self.channels = RecvChannels(count, readers, silence, self._wake, observers)
+        #: Whether it ended well: nobody's bytes are thrown away then.
         self.complete = False
+        #: Whether those who connect are there, or their recording.
+        self.live = listener is not None
         self._listener = listener
         self._changed = threading.Condition()
         # Guarded by the condition:
@@ -91,6 +94,7 @@ class Connections:
             if not self.complete and isinstance(connection, SocketConnection):
                 connection.reset()
             connection.close()
+        self.channels.close()
 
     def _wake(self) -> None:
         """A channel failed: whoever waits for the main channel, or reads it, must see it."""

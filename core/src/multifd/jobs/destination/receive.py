@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
@@ -12,10 +13,11 @@ from pathlib import Path
 from multifd.codec.readers import Readers
 from multifd.engine.receiver import Memory
 from multifd.errors import MultifdError, PeerError, UsageError
-from multifd.jobs.connections import Connections
+from multifd.jobs.destination.connections import Connections
+from multifd.jobs.destination.verdict import SUCCESSES, Saw, State, after, seen, told
 from multifd.jobs.report import DEFAULT_CHANNELS, OnProgress, Progress, Result, check_channels, every
 from multifd.memory.runs import runs
-from multifd.net.connection import MAIN_READ, Connection, Lost
+from multifd.net.connection import MAIN_READ, Connection, Ended, Lost
 from multifd.net.deadline import DEFAULT_TIMEOUT, Silence
 from multifd.net.listener import Listener
 from multifd.net.recording import open_recording
@@ -33,6 +35,7 @@ from multifd.wire.events import (
     DeviceState,
     Event,
     PageData,
+    RamEnd,
     SyncPoint,
     ZeroPages,
 )
@@ -95,7 +98,7 @@ def receive(
     readers = Readers.parse(compressor)
     silence = Silence(timeout, idle_timeout)
     observers = Observers(observe)
-    with ExitStack() as cleanup:
+    with ExitStack() as last, ExitStack() as cleanup:
         cleanup.enter_context(observers.migration(IN))
         recorded: list[Connection] = []
         listener = None
@@ -134,16 +137,27 @@ def receive(
             cleanup.enter_context(every(0.5, lambda: on_progress(job.progress())))
         try:
             result = job.run(first_timeout)
-            if driver is not None:
-                driver.wait()
-                driver.leave(then)
         except MultifdError as error:
             if driver is None:
                 raise
             raise driver.explain(error) from error
-    if digests and job.snapshot is not None:
-        job.snapshot.add_digests()
+        if digests:
+            last.callback(job.add_digests)  # the guest has waited long enough
+        if driver is not None:
+            _leave(driver, then)
     return result
+
+
+def _leave(driver: Source, then: str) -> None:
+    """The snapshot is whole: what becomes of the guest.  Raises PeerError where that cannot be."""
+    try:
+        driver.wait()
+        driver.leave(then)
+    except MultifdError as error:
+        text = f"the snapshot is complete, but not all is well at the source: {error}"
+        if then != "stop":
+            raise PeerError(f"{text}; its guest did not {then}") from error
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
 class _Receiver:
@@ -172,9 +186,36 @@ class _Receiver:
         self._rounds = 0
         self._pages_then = 0
         self._total_pages = 0
+        self._state = State.WAITING
 
     def run(self, first_timeout: float | None) -> Result:
-        """Take the migration to its end; says so to the source when it is on the disk."""
+        """Take the migration to its end; says so to the source when it is on the disk.
+
+        Raises how it ended otherwise, as the verdict has it.
+        """
+        try:
+            return self._run(first_timeout)
+        except BaseException as error:
+            self._saw(seen(error))
+            if self._main is not None and self._return_path and self._state not in SUCCESSES:
+                with suppress(MultifdError):
+                    self._main.write([shut(1)])
+            if not isinstance(error, MultifdError):
+                raise
+            raise told(self._state, error, self._hint(error)) from error
+
+    def _saw(self, saw: Saw) -> None:
+        self._state = after(self._state, saw)
+
+    def _hint(self, error: MultifdError) -> str:
+        """What an early end may have been, too."""
+        if not self._connections.live:
+            return f"or the recording is cut: {error}"
+        if self._parser.in_device_state and self._description_required:
+            return "one with suppress-vmdesc=on sends no VM description: allow that with --no-description"
+        return ""
+
+    def _run(self, first_timeout: float | None) -> Result:
         connection = self._connections.main(first_timeout)
         observers = self._connections.observers
         main = self._main = observers.watch_main(connection, read=IN, written=BACK)
@@ -182,23 +223,25 @@ class _Receiver:
         magic = MAGIC.pack(VM_FILE_MAGIC)  # which told that it is the main channel
         observers.main(IN, magic)
         self._parser.feed(magic)
-        try:
-            self._read(main)
-            self._channels.finish()
-            self._connections.stop()  # nobody writes any more
-            result = self._complete(main)
-            self._connections.complete = True
-            return result
-        except BaseException:
-            if self._return_path:
-                with suppress(MultifdError):
-                    main.write([shut(1)])
-            raise
+        self._read(main)
+        self._channels.finish(source_waits=self._return_path)
+        result = self._complete(main)
+        if self._state is State.CONFIRMED:
+            self._channels.let_go()
+        return result
 
     def close(self) -> None:
         """Leave nothing behind but a complete snapshot."""
         if self.snapshot is not None:
             self.snapshot.discard()
+
+    def add_digests(self) -> None:
+        """To the snapshot, which is complete without them, too."""
+        assert self.snapshot is not None
+        try:
+            self.snapshot.add_digests()
+        except MultifdError as error:
+            warnings.warn(f"the snapshot is complete, but has no digests: {error}", RuntimeWarning, stacklevel=2)
 
     def progress(self) -> Progress:
         """How far it is, for a person."""
@@ -228,13 +271,16 @@ class _Receiver:
         # A channel that failed has ended this reading; its error is the one to tell.
         self._channels.raise_failure()
         try:
-            if not data:
-                self._parser.end(description_required=self._description_required)
-                return None
-            self._parser.feed(data)
-            return list(self._parser.events())
+            if data:
+                self._parser.feed(data)
+                return list(self._parser.events())
         except MultifdError as error:
             raise error.at("main channel") from error
+        try:
+            self._parser.end(description_required=self._description_required)
+        except PeerError as error:
+            raise Ended(f"main channel: {error}") from error
+        return None
 
     def _handle(self, event: Event, main: Connection) -> None:
         size = self._parser.page_size
@@ -255,6 +301,7 @@ class _Receiver:
             case SyncPoint():
                 assert self.snapshot is not None
                 self._channels.sync_point(self.snapshot.next_epoch)
+                self._saw(Saw.SYNC)
                 pages = self._pages
                 self._rounds += pages > self._pages_then
                 self._pages_then = pages
@@ -266,6 +313,9 @@ class _Receiver:
                 self._total_pages = sum(block.used_length for block in blocks) // size
                 by_name = {block.idstr: block for block in blocks}
                 self._channels.start(Memory(size, by_name, self.snapshot.blocks))
+                self._saw(Saw.BLOCKS)
+            case RamEnd():
+                self._saw(Saw.RAM_END)
             case CommandReceived(Command.OPEN_RETURN_PATH, _):
                 self._return_path = True
             case CommandReceived(Command.PING, data):
@@ -282,6 +332,7 @@ class _Receiver:
             raise PeerError(f"main channel: VM uuid {self._configuration.uuid!r}, the multifd channels have {uuid!r}")
         for file in snapshot.blocks.values():
             self._check_pages(file)
+        self._saw(Saw.ACCOUNTED)
         counts = Counts.total([self._channels.counts, self._on_main])
 
         def result() -> Result:
@@ -319,10 +370,15 @@ class _Receiver:
                 sync=self._parser.sync,
                 transfer=transfer,
             )
-        if self._return_path:
-            with suppress(MultifdError):  # the snapshot is whole, whether the source hears it or not
+        self._saw(Saw.ON_DISK)
+        self._connections.complete = True
+        said = result()
+        with suppress(MultifdError):
+            if self._return_path:
                 main.write([shut(0)])
-        return result()
+                self._saw(Saw.TOLD)
+        self._saw(Saw.UNTOLD)
+        return said
 
     def _check_pages(self, file: BlockFile) -> None:
         unsettled = file.unsettled()

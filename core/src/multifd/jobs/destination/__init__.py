@@ -1,0 +1,1 @@
+"""`receive`: the destination of a migration."""

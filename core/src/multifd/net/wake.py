@@ -1,0 +1,24 @@
+"""Many threads, each waiting for a connection of its own, woken by one."""
+
+from __future__ import annotations
+
+import os
+
+
+class Wake:
+    """Set once, for good: whoever waits in `Connection.ready` goes on."""
+
+    def __init__(self) -> None:
+        self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def fileno(self) -> int:
+        """What can be polled: readable from `set` on."""
+        return self._event
+
+    def set(self) -> None:
+        """From any thread, and twice, but not after `close`."""
+        os.eventfd_write(self._event, 1)
+
+    def close(self) -> None:
+        """When nobody waits any more."""
+        os.close(self._event)

@@ -1,0 +1,136 @@
+"""Packet numbers: whether every packet of a round came, once, and in its round; no I/O.
+
+A source numbers its packets over all channels, from 0, SYNCs included (seen with QEMU 7.2, 10.0 and 11.1):
+
+* Each channel's numbers rise.  The packets between two sync points, the second one's SYNCs included, have the numbers
+  that follow those of the round before, none of them twice.
+* From 9.0 on none is left out.  Before, a packet of pages that became a SYNC as well has taken the SYNC's number,
+  and its own is missing; for each such packet an empty one comes later on the channel, which repeats the number of
+  the SYNC before it.
+
+A stream names no version, but its SYNCs do: with room for no page from 10.0 on, for a packet full before.  Of a stream
+in which they are otherwise the numbers are not known to mean anything: what is odd about them is told, not refused.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from multifd.errors import PeerError, counted
+from multifd.wire.packet import Buffer, RamPacket, may_be_empty, pages_per_packet
+
+
+@dataclass(slots=True)
+class Round:
+    """One channel's packets up to its next SYNC, that included.
+
+    `merged` are those that are SYNC and pages at once; `rooms` are how many pages the other SYNCs have room for; `odd`
+    is what was wrong within the channel, in words.
+    """
+
+    numbers: array[int] = field(default_factory=lambda: array("Q"))
+    merged: int = 0
+    rooms: set[int] = field(default_factory=set)
+    odd: str = ""
+
+
+class ChannelNumbers:
+    """The numbers of one channel's packets as they come; one thread's."""
+
+    def __init__(self) -> None:
+        self._round = Round()
+        self._last = -1
+        self._owed = 0
+
+    @property
+    def since_sync(self) -> int:
+        """Packets since the last SYNC, but for empty ones that belong there."""
+        return len(self._round.numbers)
+
+    def may_end_in(self, cut: Buffer) -> bool:
+        """Whether the channel may end with `cut`, of the header of a packet: of an empty one that belongs there."""
+        return self._owed > 0 and may_be_empty(cut)
+
+    def add(self, packet: RamPacket) -> Round | None:
+        """One more packet; the round that it ended, where it is a SYNC."""
+        this, number = self._round, packet.packet_num
+        pages = bool(packet.normal or packet.zero)
+        if not pages and not packet.sync and self._owed and number == self._last:
+            self._owed -= 1
+            return None
+        if number <= self._last and not this.odd:
+            this.odd = f"packet {number} came after packet {self._last}: one came twice, or too late"
+        self._last = number
+        this.numbers.append(number)
+        if not packet.sync:
+            return None
+        if pages:
+            this.merged += 1
+            self._owed += 1
+        else:
+            this.rooms.add(packet.room)
+        self._round = Round()
+        return this
+
+
+class Numbers:
+    """The numbers of a whole migration, judged at its sync points."""
+
+    def __init__(self, page_size: int) -> None:
+        self._full = pages_per_packet(page_size)
+        self._next = 0
+        self._sync_points = 0
+        self._rooms: set[int] = set()
+        self._merged = 0
+        self._told = False
+
+    def sync_point(self, rounds: Sequence[Round]) -> str:
+        """All channels have come to their next SYNC.  Raises PeerError where a packet is missing or not of this round.
+
+        Returns what is odd where the numbers are of no kind that is known, the first time; else nothing.
+        """
+        self._sync_points += 1
+        for each in rounds:
+            self._rooms |= each.rooms
+            self._merged += each.merged
+        wrong = self._wrong(rounds)
+        if not wrong:
+            return ""
+        wrong = f"sync point {self._sync_points}: {wrong}"
+        if self._rooms == {self._full} or (self._rooms == {0} and not self._merged):
+            raise PeerError(wrong)
+        if self._told:
+            return ""
+        self._told = True
+        rooms = " and ".join(map(str, sorted(self._rooms)))
+        return (
+            f"{wrong}; its SYNCs are like no known QEMU's ({self._merged} with pages, others with room for {rooms}), "
+            "so its packets are not accounted for"
+        )
+
+    def _wrong(self, rounds: Sequence[Round]) -> str:
+        first = expected = self._next
+        # Each channel's rise already: sorting merges them.
+        numbers = sorted(number for each in rounds for number in each.numbers)
+        self._next = numbers[-1] + 1
+        for each in rounds:
+            if each.odd:
+                return each.odd
+        if numbers[0] < first:
+            return f"packet {numbers[0]} came after packet {first - 1}, of the round before"
+        missing, gap = 0, 0
+        for number in numbers:
+            if number < expected:
+                return f"packet {number} came twice"
+            if number > expected:
+                gap = gap if missing else expected
+                missing += number - expected
+            expected = number + 1
+        merged = sum(each.merged for each in rounds)
+        if missing > merged:
+            return f"{counted(missing - merged, 'packet')} of {first} to {numbers[-1]} never came, from {gap} on"
+        if missing < merged:
+            return f"{counted(merged - missing, 'packet')} too many, of {first} to {numbers[-1]}"
+        return ""
