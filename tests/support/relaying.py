@@ -25,7 +25,7 @@ class Relaying:
     def connections(self) -> int:
         """How many are open."""
         migration = self.relay._current
-        return 0 if migration is None else len(migration._connections)
+        return 0 if migration is None else len(migration._connections) + len(migration._onward)
 
     def join(self) -> list[Relayed | MultifdError]:
         self._thread.join(peers.TIMEOUT)

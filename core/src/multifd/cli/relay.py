@@ -62,6 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     from multifd.net.deadline import DEFAULT_TIMEOUT
 
     failed = False
+    unconfirmed = "; passed on, not confirmed: return-path is off on the source"
 
     def show(outcome: Relayed | MultifdError) -> None:
         nonlocal failed
@@ -75,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
                 f"relayed {outcome.normal_pages + outcome.zero_pages} pages, {outcome.zero_pages} of them zero, in "
                 f"{outcome.seconds:.2f} s: {outcome.source} {size_text(outcome.bytes_in)} in, {outcome.destination} "
                 f"{size_text(outcome.bytes_out)} out, {counted(outcome.channels, 'channel')}"
-                f"{ways(outcome.statistics)}",
+                f"{ways(outcome.statistics)}{'' if outcome.confirmed else unconfirmed}",
                 flush=True,
             )
 

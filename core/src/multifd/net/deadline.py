@@ -23,8 +23,11 @@ class Silence:
 
     @property
     def interval(self) -> float:
-        """How often a blocked thread has to look at `check`."""
-        return min(self.timeout, self.idle_timeout or self.timeout)
+        """How often a blocked thread has to look at `check`.
+
+        Often within the timeout: bytes that trickle into a call that waits for all of them are seen when it looks.
+        """
+        return min(self.timeout, self.idle_timeout or self.timeout) / 8
 
     def check(self, doing: str, awaited: bool) -> None:
         """Raises Stalled where the silence has lasted too long."""

@@ -6,12 +6,14 @@ thread.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import socket
 import struct
+import termios
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
 from multifd.errors import PeerError, os_errors
@@ -34,6 +36,7 @@ class SocketConnection:
         self._socket = sock
         self._silence = silence
         self._waiting: select.poll | None = None
+        self._reset = False
         self._tcp = sock.family != socket.AF_UNIX
         sock.settimeout(None)
         if self._tcp:
@@ -103,6 +106,7 @@ class SocketConnection:
                     continue
                 except ConnectionError:
                     count = 0  # a reset ends the stream as a close does; what is missing then tells
+                    self._reset = True
                 self.bytes_read += count
                 self._silence.last = time.monotonic()
                 return count
@@ -185,6 +189,15 @@ class SocketConnection:
             return False
         return ours != theirs and not theirs.removeprefix("::ffff:").startswith("127.")
 
+    def untaken(self) -> bool:
+        """Whether the other side has not taken all that was written, or closed with something of it unread.
+
+        As far as its kernel says: what has been acknowledged, or is still in a Unix socket.
+        """
+        with os_errors(self.name):
+            left = struct.unpack("@i", fcntl.ioctl(self._socket, termios.TIOCOUTQ, bytes(4)))[0]
+        return self._reset or left > 0
+
     def hung_up(self) -> bool:
         """Whether the other side has closed, though there may be something left to read."""
         poll = select.poll()
@@ -205,8 +218,25 @@ class SocketConnection:
         with suppress(OSError):
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
 
+    def fileno(self) -> int:
+        """Of the socket; -1 once it is closed."""
+        return self._socket.fileno()
+
     def close(self) -> None:
         self._socket.close()
+
+
+def await_closing(connections: Iterable[SocketConnection], seconds: float) -> None:
+    """Wait until the other side has closed all of them, so long at most; unread bytes do not matter."""
+    poll = select.poll()
+    left = {connection.fileno() for connection in connections}
+    for number in left:
+        poll.register(number, select.POLLRDHUP)
+    deadline = time.monotonic() + seconds
+    while left and (remaining := deadline - time.monotonic()) > 0:
+        for number, _ in poll.poll(remaining * 1000):
+            poll.unregister(number)
+            left.discard(number)
 
 
 #: Makes a connection of a connected socket, its name, and the silence that it keeps to.

@@ -75,49 +75,48 @@ class ChannelNumbers:
         return this
 
 
+@dataclass(slots=True)
 class Numbers:
     """The numbers of a whole migration, judged at its sync points."""
 
-    def __init__(self, page_size: int) -> None:
-        self._full = pages_per_packet(page_size)
-        self._next = 0
-        self._sync_points = 0
-        self._rooms: set[int] = set()
-        self._merged = 0
-        self._told = False
+    page_size: int
+    _next: int = 0
+    _sync_points: int = 0
+    _rooms: frozenset[int] = frozenset()
+    _merged: int = 0
+    _told: bool = False
 
     def sync_point(self, rounds: Sequence[Round]) -> str:
         """All channels have come to their next SYNC.  Raises PeerError where a packet is missing or not of this round.
 
         Returns what is odd where the numbers are of no kind that is known, the first time; else nothing.
         """
-        self._sync_points += 1
-        for each in rounds:
-            self._rooms |= each.rooms
-            self._merged += each.merged
         wrong = self._wrong(rounds)
-        if not wrong:
-            return ""
-        wrong = f"sync point {self._sync_points}: {wrong}"
-        if self._rooms == {self._full} or (self._rooms == {0} and not self._merged):
-            raise PeerError(wrong)
-        if self._told:
+        rooms = self._rooms.union(*(each.rooms for each in rounds))
+        merged = self._merged + sum(each.merged for each in rounds)
+        if wrong:
+            wrong = f"sync point {self._sync_points + 1}: {wrong}"
+            if rooms == {pages_per_packet(self.page_size)} or (rooms == {0} and not merged):
+                raise PeerError(wrong)
+        self._next = max(number for each in rounds for number in each.numbers) + 1
+        self._sync_points += 1
+        self._rooms, self._merged = rooms, merged
+        if not wrong or self._told:
             return ""
         self._told = True
-        rooms = " and ".join(map(str, sorted(self._rooms)))
+        known = " and ".join(map(str, sorted(rooms)))
         return (
-            f"{wrong}; its SYNCs are like no known QEMU's ({self._merged} with pages, others with room for {rooms}), "
+            f"{wrong}; its SYNCs are like no known QEMU's ({merged} with pages, others with room for {known}), "
             "so its packets are not accounted for"
         )
 
     def _wrong(self, rounds: Sequence[Round]) -> str:
-        first = expected = self._next
-        # Each channel's rise already: sorting merges them.
-        numbers = sorted(number for each in rounds for number in each.numbers)
-        self._next = numbers[-1] + 1
         for each in rounds:
             if each.odd:
                 return each.odd
+        first = expected = self._next
+        # Each channel's rise already: sorting merges them.
+        numbers = sorted(number for each in rounds for number in each.numbers)
         if numbers[0] < first:
             return f"packet {numbers[0]} came after packet {first - 1}, of the round before"
         missing, gap = 0, 0

@@ -1,53 +1,53 @@
-"""One multifd channel on its way through the relay: its packets pass as they are, or are compressed anew."""
+"""One multifd channel on its way through the relay: its packets are read, accounted for, and moved on."""
 
 from __future__ import annotations
 
+import threading
 import time
-from collections import Counter
-from dataclasses import replace
+from abc import ABC, abstractmethod
+from collections import Counter, deque
+from collections.abc import Callable
 
-from multifd.effort.controller import Effort
 from multifd.engine.decoder import Decoder
-from multifd.engine.encoder import Encoder
 from multifd.engine.headers import read_packet
-from multifd.engine.packets import PacketWriter
 from multifd.errors import PeerError
 from multifd.jobs.relay.counters import STAGES, Sample
 from multifd.jobs.relay.plan import Plan
-from multifd.memory.buffer import packet_buffer
-from multifd.memory.zeropages import ZEROS
 from multifd.net.connection import Connection, Ended
-from multifd.net.splice import Passage
+from multifd.net.wake import Wake
 from multifd.observe.hooks import IN, OUT
 from multifd.observe.watch import Clock
 from multifd.wire.counts import Counts
-from multifd.wire.flags import MAX_PAYLOAD, METHODS, method_name
+from multifd.wire.flags import method_name
+from multifd.wire.numbers import ChannelNumbers, Round
 from multifd.wire.packet import InitPacket, RamPacket, header_length
 
 
-class Channel:
-    """Owned by its thread; others read what it counts, and `syncs` and `ended` under the migration's lock."""
+class Channel(ABC):
+    """Owned by its thread, but for what `changed` guards: `rounds`, `syncs`, `over` and `ended`.
+
+    `rounds` are those that nobody has judged yet; `over` says that nothing more is moved on, `ended` that the source
+    has ended it.  Others read what it counts, and `numbers` once it is over.
+    """
 
     def __init__(
-        self,
-        init: InitPacket,
-        source: Connection,
-        destination: Connection,
-        page_size: int,
-        plan: Plan,
-        effort: Effort | None,
+        self, init: InitPacket, source: Connection, destination: Connection, page_size: int, plan: Plan
     ) -> None:
-        """Begins the channel towards the destination.  Raises Lost, Stalled, HostError.
+        """Begins the channel towards the destination; `init` is what the source began with.
 
-        `init` is what the source began with; without `effort` payloads pass unread.
+        Raises Lost, Stalled, HostError.
         """
         self.id = init.id
         self.source = source
         self.destination = destination
+        self.counts = Counts()
+        self.numbers = ChannelNumbers()
+        self.rounds: deque[Round] = deque()
+        self.syncs = 0
+        self.over = False
+        self.ended = False
         #: The numbers of the methods that it came with.
         self.methods: set[int] = set()
-        self.syncs = 0
-        self.ended = False
         self._page_size = page_size
         self._plan = plan
         there = InitPacket(plan.uuid or init.uuid, init.id)
@@ -56,78 +56,55 @@ class Channel:
         self._came = plan.observers.watch(IN, init, ("wait", "decode"), self._clock)
         self._went = plan.observers.watch(OUT, there, ("encode", "write"), self._clock)
         self._decoder = Decoder(init.id, self._came.tee(source), plan.readers)
-        self._writer: PacketWriter | None = None
-        if effort is None:
-            self._passage = Passage(self._came.tee(source), destination)
-            self.counts = Counts()
-        else:
-            self._writer = PacketWriter(destination, Encoder(init.id, page_size, effort), self._went)
-            self._buffer = memoryview(packet_buffer())
-            self.counts = self._writer.counts
 
-    def run(self) -> None:
-        """Pass packets on until the source's stream ends.
+    def run(self, main_complete: Wake, changed: threading.Condition, on_round: Callable[[], None]) -> None:
+        """Move packets on until the source ends the channel; `on_round` is called after each SYNC, locked.
 
-        Whether it may end here the SYNCs tell: QEMU 7.2 can be cut inside its last packet.  Raises MultifdError.
+        Once `main_complete` is set, and nothing is here, nothing more is moved on: QEMU 7.2 may still send an empty
+        packet.  Raises MultifdError, Ended inside a packet.
         """
-        if self._writer is not None:
-            self._writer.encoder.set_up()
         head = memoryview(bytearray(header_length(self._page_size)))
         self._came.begin(self._page_size)
         self._went.begin(self._page_size)
         while True:
             began = time.perf_counter()
+            if not self.over and not self.source.ready(main_complete):
+                with changed:
+                    self.over = True
+                    changed.notify_all()
             try:
                 packet = read_packet(self.source, head, self._page_size)
-            except Ended:
+            except Ended as ended:
+                # Whether it may end here its SYNCs tell.
+                if ended.got and not self.numbers.may_end_in(head[: ended.got]):
+                    raise
+                with changed:
+                    self.over = self.ended = True
+                    changed.notify_all()
                 return
+            ended_round = self.numbers.add(packet)
+            if self.over:
+                if ended_round or self.numbers.since_sync:
+                    raise PeerError(f"packet {packet.packet_num} came after the last sync point")
+                continue
             self._clock.lap("wait")
             if packet.normal or packet.zero:
                 self._plan.readers.check(packet.method)
                 self.methods.add(packet.method)
-            self.syncs += packet.sync
-            if self._writer is None:
-                self._pass_on(packet, head)
-                continue
-            self._recode(packet, head, self._writer)
-            if not packet.normal:
-                self._writer.encoder.idle(time.perf_counter() - began)
+            self.move(packet, head, began)
+            if ended_round:
+                with changed:
+                    self.rounds.append(ended_round)
+                    self.syncs += 1
+                    on_round()
+                    changed.notify_all()
 
-    def _pass_on(self, packet: RamPacket, head: memoryview) -> None:
-        if packet.next_packet_size > MAX_PAYLOAD:
-            raise PeerError(f"packet {packet.packet_num}: a payload of {packet.next_packet_size} bytes is too long")
-        self.destination.write([head])
-        waited = self._passage.pass_on(packet.next_packet_size)
-        self._clock.count("wait", waited)
-        self._clock.lap("write")
-        payload = self._came.payload()
-        self._came.packet(packet, head)
-        self._went.packet(packet, head, payload)
-        self.counts.add(packet)
+    @abstractmethod
+    def move(self, packet: RamPacket, head: memoryview, began: float) -> None:
+        """Move a packet on, whose header has been read into `head` and whose payload has not.
 
-    def _recode(self, packet: RamPacket, head: memoryview, writer: PacketWriter) -> None:
-        size = self._page_size
-        if packet.normal:
-            self._decoder.decode(packet, self._buffer[: len(packet.normal) * size], size)
-            self._clock.lap("decode")
-        self._came.packet(packet, head)
-        # QEMU's uadk (10.0) does not note which pages came, and takes each zero page for one that never
-        # did.  That is right in the first round, after the SYNC of the set-up; later they go as pages.
-        zero_as_normal = writer.encoder.flag == METHODS["uadk"] and self.syncs > 1
-        if packet.zero and zero_as_normal:
-            start = len(packet.normal) * size
-            length = len(packet.zero) * size
-            self._buffer[start : start + length] = ZEROS[:length]
-            packet = replace(packet, normal=packet.normal + packet.zero, zero=())
-        runs: list[memoryview] = []
-        if packet.normal:
-            pages = self._buffer[: len(packet.normal) * size].toreadonly()
-            runs = [pages]
-            if self._plan.find_zero_pages and not zero_as_normal:
-                packet, runs = writer.part(packet, pages)
-                if not runs:
-                    self._clock.lap("encode")
-        writer.write(packet, runs)
+        `began` is when it was first waited for (perf_counter).
+        """
 
     def counters(self, to: str | None) -> dict[Sample, float]:
         """What went through, as samples; `to` is the method that it left with, None where it passed.
@@ -155,15 +132,8 @@ class Channel:
     @property
     def statistics(self) -> Counter[str]:
         """What the compressors counted, each side's by its name."""
-        found = Counter({f"{way}, decoding": count for way, count in self._decoder.statistics.items()})
-        if self._writer is not None:
-            found.update({f"{way}, encoding": count for way, count in self._writer.encoder.statistics.items()})
-        return found
+        return Counter({f"{way}, decoding": count for way, count in self._decoder.statistics.items()})
 
     def close(self) -> None:
-        """Clean the compressors up."""
+        """Clean up."""
         self._decoder.close()
-        if self._writer is not None:
-            self._writer.close()
-        else:
-            self._passage.close()

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 from multifd.errors import MultifdError
-from multifd.net.connection import MAIN_READ, Connection
+from multifd.net.connection import MAIN_READ, Connection, Ended
 from multifd.net.security import warn_exposed
 from multifd.net.socket import SocketConnection
 from multifd.observe.hooks import BACK, IN, OUT
@@ -25,8 +25,7 @@ COMMAND_SIZE = 1 + COMMAND_HEAD.size
 class MainChannel:
     """What passed on it so far; one thread passes on, another passes back, and all of it is guarded by `changed`.
 
-    `return_path` says that the destination is to answer, `shut` is its answer once it came; `sync_points` are those
-    that the source has sent.
+    `return_path` says that the destination is to answer; `sync_points` are those that the source has sent.
     """
 
     def __init__(self, changed: threading.Condition, observers: Observers, *, drop_switchover_start: bool) -> None:
@@ -34,7 +33,6 @@ class MainChannel:
         self.return_path = False
         self.blocks_known = False
         self.sync_points = 0
-        self.source_ended = False
         self._changed = changed
         self._observers = observers
         self._drop_switchover_start = drop_switchover_start
@@ -54,39 +52,49 @@ class MainChannel:
         """Whether the source's stream has come to its end."""
         return self._parser.complete
 
-    @property
-    def shut(self) -> int | None:
-        """The destination's last word: 0 is good, None where it has not come."""
-        return self._answers.shut
-
-    @property
-    def source_is_well(self) -> bool:
-        """Whether it has ended its stream as it should, or not at all: a destination that goes then is to blame."""
-        return self._parser.complete or not self.source_ended
-
     def pass_on(
-        self, source: SocketConnection, destination: SocketConnection, on_event: Callable[[Event], None]
+        self,
+        source: SocketConnection,
+        destination: SocketConnection,
+        on_event: Callable[[Event], None],
+        on_complete: Callable[[], None],
     ) -> None:
-        """From the source to the destination, until the source ends; `on_event` sees each event before it passes.
+        """From the source to the destination, until the source ends.
 
-        Raises PeerError for what is no migration, Lost where the destination has gone, and what `on_event` raises.
+        `on_event` sees each event before it passes, `on_complete` is called before the last byte does, without which
+        the destination cannot go on.  Raises PeerError for what is no migration, Ended where it is not complete, Lost
+        where the destination has gone, and what the callbacks raise.
         """
         warn_exposed(source)
         warn_exposed(destination)
         data = MAGIC.pack(VM_FILE_MAGIC)  # which told that it is the main channel
+        complete = False
         while data:
             self._observers.main(IN, data)
             passed = self._read_along(data, on_event)
-            destination.write([passed])
             self._observers.main(OUT, passed)
+            if self.complete and not complete:
+                complete = True
+                destination.write([passed[:-1]])
+                on_complete()
+                passed = passed[-1:]
+            destination.write([passed])
             data = source.read_some(MAIN_READ)
-        self.source_ended = True
+        if not complete:
+            raise Ended("main channel: it ended before it was complete")
         destination.finish()  # it closes in its turn, when it is done
 
-    def pass_back(self, destination: Connection, source: Connection) -> None:
-        """The destination's answers, until it closes.  Raises Lost where the source has gone."""
+    def pass_back(self, destination: Connection, source: Connection, on_shut: Callable[[int], None]) -> None:
+        """The destination's answers, until it closes; `on_shut` is told its last word before that passes: 0 is good.
+
+        Raises Lost where the source has gone.
+        """
+        told = False
         while data := destination.read_some(4096):
             self._answers.feed(data)
+            if self._answers.shut is not None and not told:
+                told = True
+                on_shut(self._answers.shut)
             source.write([data])
             self._observers.main(BACK, data)
 

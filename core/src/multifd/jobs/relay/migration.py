@@ -9,38 +9,49 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from uuid import UUID
 
 from multifd.effort.controller import Effort
 from multifd.engine.headers import identify
 from multifd.errors import HostError, MultifdError, PeerError, counted, describe
 from multifd.jobs.relay.channel import Channel
+from multifd.jobs.relay.channels import Channels, Foreign
 from multifd.jobs.relay.counters import Sample
 from multifd.jobs.relay.mainchannel import MainChannel
+from multifd.jobs.relay.passing import Passing
 from multifd.jobs.relay.plan import Plan
+from multifd.jobs.relay.recoding import Recoding
+from multifd.jobs.relay.verdict import FINAL, SUCCESSES, Saw, State, after, seen, told
 from multifd.net.connect import connect
-from multifd.net.connection import Lost
+from multifd.net.connection import Ended, Lost
 from multifd.net.deadline import Silence
-from multifd.net.socket import SocketConnection
+from multifd.net.socket import SocketConnection, await_closing
+from multifd.net.wake import Wake
 from multifd.observe.hooks import IN, OUT
 from multifd.wire.counts import Counts
-from multifd.wire.events import Event, PageData, SyncPoint
+from multifd.wire.events import BlockList, Event, PageData, RamEnd, SyncPoint
 from multifd.wire.flags import method_name
 from multifd.wire.packet import InitPacket
 
 #: Seconds that a multifd channel waits for its main channel, which QEMU connects first.
 MAIN_WAIT = 10.0
+#: Seconds that a source may take to close what it has ended, or has its answer to.
+LETTING_GO = 1.0
+#: Seconds that a destination which has closed one connection may take to say why on its main channel, and those in
+#: which its kernel has to take what it was sent.
+LAST_WORD = 1.0
 #: What the machine may be short of (descriptors, memory, threads): it ends a migration, and the relay goes on.
 SHORTAGES = (OSError, MemoryError, RuntimeError)
-INCOMPLETE = "the source ended before its migration was complete: was it cancelled?"
+GONE = "the destination closed the connection"
 
 
 @dataclass(frozen=True, slots=True)
 class Relayed:
     """What one migration through the relay came to.
 
-    Bytes are those of all connections, from source to destination; `confirmed` says that the
-    destination answered that it has everything, None where the source asked for no answer.
+    Bytes are those of all connections, from source to destination.  `confirmed` says that the destination answered
+    that it has everything; where it is False, return-path is off on the source: nobody asked.
     """
 
     seconds: float
@@ -52,36 +63,38 @@ class Relayed:
     channels: int
     source: str
     destination: str
-    confirmed: bool | None
+    confirmed: bool
     statistics: dict[str, int]
-
-
-class _Foreign(PeerError):
-    """A connection that is not of the migration at hand."""
 
 
 class Migration:
     """The connections of one migration, and the threads that serve them."""
 
     def __init__(self, plan: Plan, silence: Silence) -> None:
-        self.error: BaseException | None = None
         self._plan = plan
         self._effort = Effort(plan.to) if plan.to is not None else None
         self._silence = silence
         self._started = time.monotonic()
+        self._main_complete = Wake()
         self._changed = threading.Condition()
         # Guarded by the condition:
+        self._state = State.WAITING
+        self._error: BaseException | None = None
+        self._stopped = False
+        self._answered = False
         self._main = MainChannel(self._changed, plan.observers, drop_switchover_start=plan.drop_switchover_start)
         self._connections: list[SocketConnection] = []
+        self._onward: list[SocketConnection] = []
         self._threads: list[threading.Thread] = []
         self._source: SocketConnection | None = None
         self._destination: SocketConnection | None = None
-        self._ids: set[int] = set()
-        self._channels: dict[int, Channel] = {}
-        self._uuid: bytes | None = None
-        self._over = False
+        self._channels = Channels(self._changed, plan.channels, silence)
         self._observed = ExitStack()
         self._observed.enter_context(plan.observers.migration(IN, OUT))
+
+    @property
+    def _over(self) -> bool:
+        return self._stopped or self._state in FINAL
 
     def take(self, connection: SocketConnection) -> bool:
         """A connection from the source; False where this migration is over."""
@@ -94,31 +107,42 @@ class Migration:
             return True
 
     def join(self) -> Relayed:
-        """Wait for the end.  Raises the first error of any thread."""
+        """Wait for the end.  Raises how it came where it is no success."""
         with self._changed:
             self._changed.wait_for(lambda: self._over)
-            for connection in self._connections:
-                connection.interrupt()
+        self._let_go()
         for thread in self._threads:  # the last ones may still start another
             thread.join()
         try:
             with self._observed:
-                if self.error is not None:
-                    raise self.error
+                if self._state not in SUCCESSES:
+                    raise self._told()
                 return self._result()
         except BaseException:
-            for connection in self._connections:
+            for connection in (*self._connections, *self._onward):
                 connection.reset()
             raise
         finally:
-            for connection in self._connections:
+            for connection in (*self._connections, *self._onward):
                 connection.close()
+            self._main_complete.close()
 
     def stop(self) -> None:
         """End it, wherever it is."""
         with self._changed:
-            self._over = True
+            self._stopped = True
             self._changed.notify_all()
+
+    def _let_go(self) -> None:
+        """Wake all threads.  A source that ended, or has its answer, closes first: taken from it, it would fail."""
+        if self._state is State.ENDED_EARLY:
+            for connection in self._onward:
+                connection.interrupt()
+        if self._state in SUCCESSES or self._state is State.ENDED_EARLY:
+            await_closing(self._connections, LETTING_GO)
+        with self._changed:
+            for connection in (*self._connections, *self._onward):
+                connection.interrupt()
 
     def _spawn(self, action: Callable[[], None]) -> None:
         def run() -> None:
@@ -137,15 +161,22 @@ class Migration:
                 self._threads.append(thread)
 
     def _fail(self, error: BaseException) -> None:
+        if isinstance(error, Lost):
+            with self._changed:  # what it says on its main channel is the cause
+                self._changed.wait_for(lambda: self._answered or self._over, LAST_WORD)
         if isinstance(error, SHORTAGES):
             short = HostError(describe(error))
             short.__cause__ = error
             error = short
+        self._saw(seen(error), error)
+
+    def _saw(self, saw: Saw, error: BaseException | None = None) -> None:
+        """Where it ends with that, `error` is why."""
         with self._changed:
-            if not self._over and self.error is None:
-                self.error = error
-            self._over = True
-            self._changed.notify_all()
+            if not self._over:
+                self._state = after(self._state, saw)
+                self._error = error
+                self._changed.notify_all()
 
     # --- who is who ---
 
@@ -160,9 +191,10 @@ class Migration:
             if init is None:
                 self._begin(connection)
             else:
-                self._register(connection, init)
+                with self._changed:
+                    self._channels.register(connection.name, init)
                 self._await_blocks(connection, init)
-        except _Foreign as error:
+        except Foreign as error:
             self._ignore(connection, error)
             return
         if init is None:
@@ -180,42 +212,25 @@ class Migration:
     def _begin(self, connection: SocketConnection) -> None:
         with self._changed:
             if self._source is not None:
-                raise _Foreign(f"{connection.name} is a second main channel, the relay serves one migration at a time")
+                raise Foreign(f"{connection.name} is a second main channel, the relay serves one migration at a time")
             self._source = connection
             self._started = time.monotonic()
 
-    def _register(self, connection: SocketConnection, init: InitPacket) -> None:
-        with self._changed:
-            if self._uuid not in (None, init.uuid) or init.id in self._ids:
-                raise _Foreign(
-                    f"{connection.name} is channel {init.id} of VM {init.uuid.hex()}, which is not the migration that "
-                    "the relay serves"
-                )
-            if self._plan.channels is not None and init.id >= self._plan.channels:
-                raise PeerError(
-                    f"channel {init.id}: the source uses at least {init.id + 1} channels, --channels says "
-                    f"{self._plan.channels}"
-                )
-            self._uuid = init.uuid
-            self._ids.add(init.id)
-
     def _await_blocks(self, connection: SocketConnection, init: InitPacket) -> None:
-        """Wait for the page size.  Raises _Foreign for what an earlier migration left behind."""
+        """Wait for the page size.  Raises Foreign for what an earlier migration left behind."""
         deadline = time.monotonic() + MAIN_WAIT
         with self._changed:
             while not self._changed.wait_for(lambda: self._main.blocks_known or self._over, 0.2):
                 if self._source is None and (connection.hung_up() or time.monotonic() > deadline):
-                    self._ids.remove(init.id)
-                    if not self._ids:
-                        self._uuid = None
-                    raise _Foreign(
+                    self._channels.forget(init)
+                    raise Foreign(
                         f"{connection.name} is channel {init.id} of a migration whose main channel is not here"
                     )
 
     def _connect(self) -> SocketConnection:
         connection = connect(self._plan.target, self._silence, wrap=self._plan.wrap)
         with self._changed:
-            self._connections.append(connection)
+            self._onward.append(connection)
             over = self._over
         if over:
             connection.interrupt()
@@ -227,82 +242,120 @@ class Migration:
         destination = self._destination = self._connect()
         self._spawn(lambda: self._pass_back(destination, source))
         try:
-            self._main.pass_on(source, destination, self._note)
+            self._main.pass_on(source, destination, self._note, self._account)
         except Lost as lost:
-            raise self._gone() from lost
+            raise Lost(GONE) from lost
 
     def _note(self, event: Event) -> None:
         match event:
-            case PageData() if not self._ids:
+            case BlockList():
+                self._saw(Saw.BLOCKS)
+            case PageData() if not self._channels.ids:
                 raise PeerError("the source sends its pages here: turn multifd on over there")
             case SyncPoint():
                 with self._changed:
-                    self._check_syncs()
-
-    def _pass_back(self, destination: SocketConnection, source: SocketConnection) -> None:
-        try:
-            self._main.pass_back(destination, source)
-        except Lost as lost:
-            raise PeerError(INCOMPLETE) from lost
-        if self._main.source_is_well and not self._main.complete:
-            raise self._gone()
-        self.stop()
+                    self._channels.sync_point(self._main.sync_points)
+                self._saw(Saw.SYNC)
+            case RamEnd():
+                self._saw(Saw.RAM_END)
 
     def _relay_channel(self, connection: SocketConnection, init: InitPacket) -> None:
         with self._changed:
             if self._over:
                 return
+        channel: Channel
+        size = self._main.page_size
         try:
-            channel = Channel(init, connection, self._connect(), self._main.page_size, self._plan, self._effort)
+            there = self._connect()
+            if self._effort is None:
+                channel = Passing(init, connection, there, size, self._plan)
+            else:
+                channel = Recoding(init, connection, there, size, self._plan, self._effort)
         except HostError as error:  # it took the main channel, so it has gone since
-            raise self._gone(f"channel {init.id}: ") from error
+            raise Lost(f"channel {init.id}: {GONE}") from error
         with self._changed:
-            self._channels[init.id] = channel
+            self._channels.running[init.id] = channel
         try:
-            channel.run()
+            channel.run(self._main_complete, self._changed, partial(self._channels.judge_rounds, size))
             with self._changed:
-                channel.ended = True
-                self._check_syncs()
+                self._channels.sync_point(self._main.sync_points)
         except Lost as lost:
-            raise self._gone(f"channel {init.id}: ") if self._main.source_is_well else PeerError(INCOMPLETE) from lost
+            raise Lost(f"channel {init.id}: {GONE}") from lost
         except MultifdError as error:
             raise error.at(f"channel {init.id}") from error
         finally:
             channel.close()
 
-    def _check_syncs(self) -> None:
-        """A channel that ended early would hang the destination: it waits for its SYNC for ever.  Locked."""
-        for channel in self._channels.values():
-            if channel.ended and channel.syncs < self._main.sync_points:
-                raise PeerError(
-                    f"channel {channel.id}: the source closed it before SYNC {channel.syncs + 1}: did it fail?"
-                )
+    def _account(self) -> None:
+        """The main channel is complete: all else has to have passed, too.  Raises PeerError where it has not."""
+        main = self._main
+        with self._changed:
+            self._channels.account(main.sync_points, main.page_size, self._main_complete.set, lambda: self._over)
+        self._saw(Saw.ACCOUNTED)
 
     # --- how it ends ---
 
-    def _gone(self, where: str = "") -> PeerError:
-        """The destination has closed: QEMU does not say why on the wire, so here is what it was shown."""
+    def _pass_back(self, destination: SocketConnection, source: SocketConnection) -> None:
+        """Also finds out what the destination's end means."""
+        try:
+            self._main.pass_back(destination, source, self._shut)
+        except Lost as lost:
+            raise Ended("the source has gone") from lost
+        finally:
+            with self._changed:
+                self._answered = True
+                self._changed.notify_all()
+        if self._state is State.PASSED_ON and not self._main.return_path:
+            if self._all_taken():
+                self._saw(Saw.DESTINATION_DONE)
+            else:
+                self._saw(Saw.DESTINATION_CLOSED, Lost(f"{GONE} before it had taken all that it was sent"))
+        self._saw(Saw.DESTINATION_CLOSED, Lost(GONE))
+
+    def _shut(self, code: int) -> None:
+        """The destination has said its last word; here before it reaches the source, which then closes."""
+        if code:
+            self._saw(Saw.SAID_FAILED, PeerError(f"the destination reports that it failed (code {code})"))
+            return
+        if self._state is State.SWITCHED_OVER:  # its stream has no description, which would have ended it
+            self._account()
+        self._saw(Saw.SAID_DONE, PeerError("the destination says that it has everything, before it was sent"))
+
+    def _all_taken(self) -> bool:
+        """Whether the destination has taken all bytes, as far as its kernel says."""
+        deadline = time.monotonic() + LAST_WORD
+        while any(connection.untaken() for connection in self._onward):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+        return True
+
+    def _told(self) -> BaseException:
+        error = self._error or PeerError("the relay was stopped")
+        if not isinstance(error, MultifdError):
+            return error
+        if self._state is not State.REFUSED or not isinstance(error, Lost):
+            return told(self._state, error)
+        # QEMU does not say why on the wire, so here is what it was shown.
         shown = [f"machine {self._main.machine}"] if self._main.machine else []
-        with self._changed:
-            uuid = self._plan.uuid or self._uuid
-            methods = set().union(*(channel.methods for channel in self._channels.values()))
-            channels = len(self._ids)
+        uuid = self._plan.uuid or self._channels.uuid
+        methods = set().union(*(channel.methods for channel in self._channels.running.values()))
         if self._plan.to is not None:
             methods = self._plan.to.flags
         if uuid is not None:
             shown.append(f"VM uuid {UUID(bytes=uuid)}")
         if methods:
             shown.append(f"method {'+'.join(map(method_name, sorted(methods)))}")
-        if channels:
-            shown.append(f"multifd with {counted(channels, 'channel')}")
+        if self._channels.ids:
+            shown.append(f"multifd with {counted(len(self._channels.ids), 'channel')}")
         fit = f"; it has to have {', '.join(shown)} (multifd doctor compares)" if shown else ""
-        return PeerError(f"{where}the destination closed the connection: its own message says why{fit}")
+        return PeerError(f"{error}: its own message says why{fit}")
 
     def counters(self) -> dict[Sample, float]:
         """What went through so far; the main channel has no method."""
         found: dict[Sample, float] = {}
         with self._changed:
-            channels = list(self._channels.values())
+            channels = list(self._channels.running.values())
             source, destination = self._source, self._destination
         to = self._plan.to.method if self._plan.to is not None else None
         for channel in channels:
@@ -314,17 +367,7 @@ class Migration:
         return found
 
     def _result(self) -> Relayed:
-        main = self._main
-        if not main.complete:
-            raise PeerError(INCOMPLETE)
-        if main.shut:
-            raise PeerError(f"the destination reports that it failed (code {main.shut})")
-        if main.return_path and main.shut is None:
-            raise self._gone()
-        channels = list(self._channels.values())
-        for channel in channels:
-            if channel.syncs < main.sync_points:
-                raise self._gone(f"channel {channel.id}: {channel.syncs} of {main.sync_points} SYNCs came, then ")
+        channels = list(self._channels.running.values())
         assert self._source is not None
         assert self._destination is not None
         counts = Counts.total(channel.counts for channel in channels)
@@ -342,6 +385,6 @@ class Migration:
             channels=len(channels),
             source=came,
             destination=self._plan.to.name if self._plan.to is not None else came,
-            confirmed=main.shut == 0 if main.return_path else None,
+            confirmed=self._state is State.CONFIRMED,
             statistics=dict(statistics),
         )

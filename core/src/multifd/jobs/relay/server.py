@@ -32,6 +32,9 @@ from multifd.net.security import connecting_wrap, listening_wrap
 from multifd.net.uri import Uri
 from multifd.observe.observers import Observers
 
+#: Of migrations that did not fail, by whether the destination confirmed them.
+OUTCOMES = {True: "completed", False: "unconfirmed"}
+
 
 class Relay:
     """Listens for sources, and serves one migration after another."""
@@ -138,7 +141,7 @@ class Relay:
                     outcome = error
                 with self._changed:
                     self._current = None
-                    how = "failed" if isinstance(outcome, MultifdError) else "completed"
+                    how = "failed" if isinstance(outcome, MultifdError) else OUTCOMES[outcome.confirmed]
                     ended = {Sample("migrations", (("outcome", how),)): 1.0}
                     self._totals = added(self._totals, migration.counters() | ended)
                     self._changed.notify_all()

@@ -1,0 +1,131 @@
+"""All multifd channels of one migration through the relay, and whether all of it has passed on them."""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+
+from multifd.errors import PeerError, counted
+from multifd.jobs.relay.channel import Channel
+from multifd.net.connection import Ended
+from multifd.net.deadline import Silence
+from multifd.wire.numbers import Numbers
+from multifd.wire.packet import InitPacket
+
+#: Seconds after the main channel's first sync point in which a channel may come: the source connected it before.
+SETTLING = 10.0
+#: And at the end of a short migration.
+LATE_CHANNEL = 1.0
+
+
+class Foreign(PeerError):
+    """A connection that is not of the migration at hand."""
+
+
+class Channels:
+    """Guarded by the migration's lock, `changed`, which whoever calls a method holds."""
+
+    def __init__(self, changed: threading.Condition, most: int | None, silence: Silence) -> None:
+        """`most` is how many the source may use, where that is known."""
+        self.uuid: bytes | None = None
+        #: Of those that have come; each is in `running` once it is connected to the destination.
+        self.ids: set[int] = set()
+        self.running: dict[int, Channel] = {}
+        self._changed = changed
+        self._most = most
+        self._silence = silence
+        self._numbers: Numbers | None = None
+        self._settled: float | None = None
+
+    def register(self, name: str, init: InitPacket) -> None:
+        """One has come.  Raises Foreign where it is of no migration here, PeerError where there are too many."""
+        late = self._settled is not None and time.monotonic() > self._settled
+        if late or self.uuid not in (None, init.uuid) or init.id in self.ids:
+            raise Foreign(
+                f"{name} is channel {init.id} of VM {init.uuid.hex()}, which is not the migration that the relay serves"
+            )
+        if self._most is not None and init.id >= self._most:
+            raise PeerError(
+                f"channel {init.id}: the source uses at least {init.id + 1} channels, --channels says {self._most}"
+            )
+        self.uuid = init.uuid
+        self.ids.add(init.id)
+
+    def forget(self, init: InitPacket) -> None:
+        """One was none of this migration's."""
+        self.ids.remove(init.id)
+        if not self.ids:
+            self.uuid = None
+
+    def sync_point(self, points: int) -> None:
+        """The main channel is at so many sync points, or a channel has ended.
+
+        Raises Ended where one did before its SYNC: that would hang the destination, which waits for it for ever.
+        """
+        if points and self._settled is None:
+            self._settled = time.monotonic() + SETTLING
+        for channel in self.running.values():
+            if channel.ended and channel.syncs < points:
+                raise Ended(f"channel {channel.id}: it ended before SYNC {channel.syncs + 1}")
+
+    def judge_rounds(self, page_size: int) -> None:
+        """Those that all channels have ended, once no other can come.  Raises PeerError as `Numbers` does.
+
+        Before, they are kept: 16 bytes for each MiB.
+        """
+        if self._settled is None or time.monotonic() < self._settled:
+            return
+        if self._numbers is None:
+            self._numbers = Numbers(page_size)
+        self._judge(self._numbers)
+        ended = min(len(channel.rounds) for channel in self.running.values())
+        for channel in self.running.values():
+            for _ in range(ended):
+                channel.rounds.popleft()
+
+    def _judge(self, numbers: Numbers) -> None:
+        for rounds in zip(*(channel.rounds for channel in self.running.values()), strict=False):
+            if odd := numbers.sync_point(rounds):
+                warnings.warn(odd, RuntimeWarning, stacklevel=2)
+
+    def account(self, points: int, page_size: int, main_complete: Callable[[], None], over: Callable[[], bool]) -> None:
+        """The main channel is complete, with so many sync points: wait until all else has passed, too.
+
+        `main_complete` is called when every channel has come to its last SYNC, `over` says that waiting is in vain.
+        Raises PeerError where a channel holds more or less, or a packet is missing, Ended, Stalled.
+        """
+        while True:
+            self._await(lambda channel: channel.syncs >= points or channel.ended, over)
+            self.sync_point(points)
+            main_complete()
+            self._await(lambda channel: channel.over, over)
+            for channel in self.running.values():
+                if channel.syncs != points or channel.numbers.since_sync:
+                    raise PeerError(
+                        f"channel {channel.id}: {channel.syncs} SYNCs and "
+                        f"{counted(channel.numbers.since_sync, 'packet')} after the last, but the main channel ended "
+                        f"after {points} sync points"
+                    )
+            known = len(self.running)
+            try:
+                if not known:
+                    raise PeerError("no multifd channel came: turn multifd on at the source")
+                self._judge(replace(self._numbers) if self._numbers else Numbers(page_size))
+                return
+            except PeerError:
+                if not self._one_more_than(known):
+                    raise
+
+    def _one_more_than(self, known: int) -> bool:
+        return self._changed.wait_for(lambda: len(self.ids) > known, LATE_CHANNEL)
+
+    def _await(self, condition: Callable[[Channel], bool], over: Callable[[], bool]) -> None:
+        """Until it holds for all channels that have come."""
+        while not (len(self.running) == len(self.ids) and all(map(condition, self.running.values()))):
+            if not self._changed.wait(self._silence.interval):
+                self._silence.check("a channel is waited for", awaited=True)
+            if over():
+                raise PeerError("it ended meanwhile")

@@ -1,0 +1,97 @@
+"""How a migration through the relay ends, and whose fault that is; no I/O.
+
+What was seen is told one by one, in the order in which it was seen and before it is acted upon: the relay's own acts
+make echoes at both ends, which come later.  `after` says where it leads; an end is final.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from multifd.errors import MultifdError, PeerError
+from multifd.net.connection import Ended, Lost, Stalled
+
+
+class State(Enum):
+    """Where a migration is; from CONFIRMED on it has ended."""
+
+    WAITING = "waiting for its main channel and block list"
+    SET_UP = "its RAM blocks are known"
+    MOVING = "its channels move pages"
+    SWITCHED_OVER = "its RAM is complete by the main channel's word, device state passes"
+    PASSED_ON = "all of it has passed, every packet accounted for"
+    CONFIRMED = "the destination says that it has everything"
+    UNCONFIRMED = "the destination took everything; nobody asked it to say so"
+    ENDED_EARLY = "the source ended it: cancelled, or gone"
+    REFUSED = "the destination ended it"
+    BROKEN = "what the source sent is no whole migration"
+    LOST = "nothing moved any more"
+    FAILED = "the relay could not go on"
+
+
+class Saw(Enum):
+    """What happens."""
+
+    BLOCKS = "the list of RAM blocks came"
+    SYNC = "the main channel is at a sync point"
+    RAM_END = "the RAM sections ended"
+    ACCOUNTED = "the main channel is complete, and so is every other"
+    SAID_DONE = "the destination says that it has everything"
+    SAID_FAILED = "the destination says that it failed"
+    DESTINATION_DONE = "the destination closed: nobody had asked it for an answer, and it had taken all bytes"
+    DESTINATION_CLOSED = "the destination closed, or left bytes that it had been sent"
+    SOURCE_ENDED = "the source ended a connection where it may not"
+    VIOLATION = "the source broke the protocol, or its settings differ"
+    SILENCE = "somebody had to do something, and nothing moved"
+    TROUBLE = "a compressor, the machine, nobody at the destination's address"
+
+
+PROGRESS = {
+    (State.WAITING, Saw.BLOCKS): State.SET_UP,
+    (State.SET_UP, Saw.SYNC): State.MOVING,
+    (State.MOVING, Saw.RAM_END): State.SWITCHED_OVER,
+    (State.SWITCHED_OVER, Saw.ACCOUNTED): State.PASSED_ON,
+    (State.PASSED_ON, Saw.SAID_DONE): State.CONFIRMED,
+    (State.PASSED_ON, Saw.DESTINATION_DONE): State.UNCONFIRMED,
+}
+ENDS = {
+    # Where these two are no success, the destination has ended what was not complete.
+    Saw.SAID_DONE: State.REFUSED,
+    Saw.DESTINATION_DONE: State.REFUSED,
+    Saw.SAID_FAILED: State.REFUSED,
+    Saw.DESTINATION_CLOSED: State.REFUSED,
+    Saw.SOURCE_ENDED: State.ENDED_EARLY,
+    Saw.VIOLATION: State.BROKEN,
+    Saw.SILENCE: State.LOST,
+    Saw.TROUBLE: State.FAILED,
+}
+SUCCESSES = {State.CONFIRMED, State.UNCONFIRMED}
+FINAL = SUCCESSES | set(ENDS.values())
+
+
+def after(state: State, saw: Saw) -> State:
+    """Where a migration is next."""
+    if state in FINAL:
+        return state
+    return PROGRESS.get((state, saw)) or ENDS.get(saw, state)
+
+
+def seen(error: BaseException) -> Saw:
+    """What an error means that came while something passed from the source to the destination."""
+    if isinstance(error, Ended):
+        return Saw.SOURCE_ENDED
+    if isinstance(error, Lost):
+        return Saw.DESTINATION_CLOSED
+    if isinstance(error, Stalled):
+        return Saw.SILENCE
+    return Saw.VIOLATION if isinstance(error, PeerError) else Saw.TROUBLE
+
+
+def told(state: State, error: MultifdError) -> MultifdError:
+    """The error as a user hears it, of a migration that ended with it.
+
+    The wire cannot tell more of an early end, wherever it is cut.
+    """
+    if state is not State.ENDED_EARLY:
+        return error
+    return PeerError("the source ended early: cancelled, or gone")
