@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -206,8 +209,102 @@ def test_a_source_that_dies(work: Path, cut: int) -> None:
         peers.play(relaying.uri, files, 65536, dies=True)
         with pytest.raises(PeerError):
             there.join()
-        relaying.error()
+        assert relaying.error() == "the source ended early: cancelled, or gone"
     assert not (work / "snap").exists()
+
+
+def wrong_ends(stream: streams.Stream) -> dict[str, streams.Stream]:
+    """A stream of two channels, whole but for one thing."""
+    page = streams.packet([0], [], payload=bytes(4096), number=5)
+    flush = streams.FLUSH + streams.EOS + streams.FOOTER
+    head, _, rest = stream.main.rpartition(flush)
+    first, second = stream.channels
+    packet = 64 + streams.header_length(4096)
+    return {
+        "a SYNC too many": streams.Stream(stream.main, [first, second + streams.sync(number=5)]),
+        "a page behind the last SYNC": streams.Stream(stream.main, [first + page, second]),
+        "a marker too few": streams.Stream(head + streams.EOS + streams.FOOTER + rest, [first, second]),
+        "a SYNC doubled": streams.Stream(stream.main, [first, second + streams.sync(number=4)]),
+        "a packet missing": streams.Stream(
+            stream.main, [first[:packet] + first[-streams.header_length(4096) :], second]
+        ),
+        "a packet twice": streams.Stream(
+            stream.main,
+            [first[: -streams.header_length(4096)] + first[packet:], second],
+        ),
+    }
+
+
+@pytest.mark.parametrize("to", [None, "zstd"])
+@pytest.mark.parametrize("return_path", [True, False])
+def test_what_is_not_whole_is_refused_every_time(to: str | None, return_path: bool) -> None:
+    """Before the destination, which takes everything, has the last byte: neither side says that it is done."""
+    good = streams.small("zlib", page_size=4096, return_path=return_path, channels=2)
+    for what, stream in wrong_ends(good).items():
+        for number in range(3):
+            there = peers.Keeping(2)
+            with closing(Relaying(there.uri, to=to)) as relaying:
+                answer = peers.play(relaying.uri, [stream.main, *stream.channels], 65536)
+                said = relaying.error()
+            with suppress(OSError):  # it may have had all of them
+                there.stop()
+            there.join()
+            assert re.search("after the last, but the main channel ended|sync point 2: |packet 2: zlib", said), (
+                what,
+                number,
+                said,
+            )
+            assert answer == b"", (what, number)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_without_return_path_nothing_is_confirmed(work: Path, as_json: bool) -> None:
+    stream = streams.small("zlib", channels=2)
+    there = peers.Receiving(work / "snap", channels=2)
+    command = ["relay", "--listen", f"unix:{work}/here", "--connect", there.uri, "--migrations", "1"]
+    command += ["--json"] if as_json else []
+    with subprocess.Popen([sys.executable, "-m", "multifd", *command], stdout=subprocess.PIPE, text=True) as relay:
+        assert peers.eventually((work / "here").exists)
+        peers.play(f"unix:{work}/here", [stream.main, *stream.channels], 65536, dies=True)
+        there.join()
+        said, _ = relay.communicate(timeout=peers.TIMEOUT)
+    assert relay.returncode == 0
+    if as_json:
+        assert json.loads(said)["confirmed"] is False
+    else:
+        assert said.endswith("; passed on, not confirmed: return-path is off on the source\n")
+
+
+class Leaving:
+    """A destination that takes the main channel and leaves what the others hold, then goes."""
+
+    def __init__(self, where: Path) -> None:
+        self._server = socket.socket(socket.AF_UNIX)
+        self._server.bind(str(where))
+        self._server.listen()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        main, _ = self._server.accept()
+        channel, _ = self._server.accept()
+        with main, channel, suppress(ConnectionError):
+            while main.recv(1 << 16):
+                pass
+        self._server.close()
+
+    def join(self) -> None:
+        self._thread.join(peers.TIMEOUT)
+
+
+def test_a_destination_that_left_bytes_unread_is_no_success(work: Path) -> None:
+    """Nobody asked for its word, and it did not take what a channel held."""
+    stream = streams.small()
+    there = Leaving(work / "there")
+    with closing(Relaying(f"unix:{work}/there")) as relaying:
+        peers.play(relaying.uri, [stream.main, *stream.channels], 65536, dies=True)
+        assert "the destination closed the connection before it had taken all that it was sent" in relaying.error()
+    there.join()
 
 
 @pytest.mark.parametrize("lacking", ["descriptors", "threads"])

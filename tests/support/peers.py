@@ -133,6 +133,7 @@ class Keeping:
         host, port = self._server.getsockname()
         self.uri = f"tcp:{host}:{port}"
         self._count = channels + 1
+        self._stopped = False
         self.order: list[str] = []
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -141,7 +142,11 @@ class Keeping:
         threads = []
         self._server.settimeout(TIMEOUT)
         for _ in range(self._count):
-            sock, _ = self._server.accept()
+            try:
+                sock, _ = self._server.accept()
+            except OSError:
+                assert self._stopped
+                break
             sock.settimeout(TIMEOUT)
             thread = threading.Thread(target=self._keep, args=(sock,))
             thread.start()
@@ -152,7 +157,7 @@ class Keeping:
 
     def _keep(self, sock: socket.socket) -> None:
         data = bytearray()
-        with sock:
+        with sock, suppress(ConnectionError):
             while piece := sock.recv(1 << 20):
                 data += piece
                 whole = data[:4] == b"QEVM" and _described(data)
@@ -168,8 +173,14 @@ class Keeping:
                         break
         if data[:4] == b"QEVM":
             self.main = bytes(data)
-        else:
+        elif data:
             self.channels[data[24]] = bytes(data)
+
+    def stop(self) -> None:
+        """No other connection comes."""
+        self._stopped = True
+        self._server.shutdown(socket.SHUT_RDWR)
+        self.join()
 
     def join(self) -> None:
         self._thread.join(TIMEOUT)

@@ -82,6 +82,8 @@ def configuration(machine: str = "pc-q35-10.0", page_bits: int | None = None, uu
 FILE_HEADER = struct.pack(">II", 0x5145564D, 3)
 RETURN_PATH = b"\x08\x00\x01\x00\x00" + b"\x08\x00\x02\x00\x04\x00\x00\x00\x01"
 SWITCHOVER_START = b"\x08\x00\x0b\x00\x00"
+#: What a destination answers that has everything.
+SHUT_DONE = struct.pack(">HHI", 1, 4, 0)
 FLUSH = struct.pack(">Q", 0x200)
 EOS = struct.pack(">Q", 0x10)
 FOOTER = b"\x7e" + struct.pack(">I", 1)

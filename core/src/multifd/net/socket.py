@@ -190,12 +190,13 @@ class SocketConnection:
         return ours != theirs and not theirs.removeprefix("::ffff:").startswith("127.")
 
     def untaken(self) -> bool:
-        """Whether the other side has not taken all that was written, or closed with something of it unread.
+        """Whether the other side has not taken all that was written, or closed with some of it unread.
 
-        As far as its kernel says: what has been acknowledged, or is still in a Unix socket.
+        As far as the kernels say: it is acknowledged, or no longer in a Unix socket; who leaves something resets.
         """
         with os_errors(self.name):
             left = struct.unpack("@i", fcntl.ioctl(self._socket, termios.TIOCOUTQ, bytes(4)))[0]
+            self._reset = self._reset or self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
         return self._reset or left > 0
 
     def hung_up(self) -> bool:

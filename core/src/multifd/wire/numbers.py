@@ -43,11 +43,17 @@ class ChannelNumbers:
         self._round = Round()
         self._last = -1
         self._owed = 0
+        self._merged = False
 
     @property
     def since_sync(self) -> int:
         """Packets since the last SYNC, but for empty ones that belong there."""
         return len(self._round.numbers)
+
+    @property
+    def merged(self) -> bool:
+        """Whether empty packets belong to the channel: they may be left unread."""
+        return self._merged
 
     def may_end_in(self, cut: Buffer) -> bool:
         """Whether the channel may end with `cut`, of the header of a packet: of an empty one that belongs there."""
@@ -69,10 +75,15 @@ class ChannelNumbers:
         if pages:
             this.merged += 1
             self._owed += 1
+            self._merged = True
         else:
             this.rooms.add(packet.room)
         self._round = Round()
         return this
+
+
+class Missing(PeerError):
+    """A packet never came, unless another channel had it."""
 
 
 @dataclass(slots=True)
@@ -87,49 +98,49 @@ class Numbers:
     _told: bool = False
 
     def sync_point(self, rounds: Sequence[Round]) -> str:
-        """All channels have come to their next SYNC.  Raises PeerError where a packet is missing or not of this round.
+        """All channels have come to their next SYNC.  Raises PeerError where a packet is not of this round, Missing.
 
         Returns what is odd where the numbers are of no kind that is known, the first time; else nothing.
         """
-        wrong = self._wrong(rounds)
+        error = self._error(rounds)
         rooms = self._rooms.union(*(each.rooms for each in rounds))
         merged = self._merged + sum(each.merged for each in rounds)
-        if wrong:
-            wrong = f"sync point {self._sync_points + 1}: {wrong}"
-            if rooms == {pages_per_packet(self.page_size)} or (rooms == {0} and not merged):
-                raise PeerError(wrong)
+        if error and (rooms == {pages_per_packet(self.page_size)} or (rooms == {0} and not merged)):
+            raise error.at(f"sync point {self._sync_points + 1}")
         self._next = max(number for each in rounds for number in each.numbers) + 1
         self._sync_points += 1
         self._rooms, self._merged = rooms, merged
-        if not wrong or self._told:
+        if not error or self._told:
             return ""
         self._told = True
         known = " and ".join(map(str, sorted(rooms)))
         return (
-            f"{wrong}; its SYNCs are like no known QEMU's ({merged} with pages, others with room for {known}), "
+            f"sync point {self._sync_points}: {error}; its SYNCs are like no known QEMU's ({merged} with pages, others with room for {known}), "
             "so its packets are not accounted for"
         )
 
-    def _wrong(self, rounds: Sequence[Round]) -> str:
+    def _error(self, rounds: Sequence[Round]) -> PeerError | None:
         for each in rounds:
             if each.odd:
-                return each.odd
+                return PeerError(each.odd)
         first = expected = self._next
         # Each channel's rise already: sorting merges them.
         numbers = sorted(number for each in rounds for number in each.numbers)
         if numbers[0] < first:
-            return f"packet {numbers[0]} came after packet {first - 1}, of the round before"
+            return PeerError(f"packet {numbers[0]} came after packet {first - 1}, of the round before")
         missing, gap = 0, 0
         for number in numbers:
             if number < expected:
-                return f"packet {number} came twice"
+                return PeerError(f"packet {number} came twice")
             if number > expected:
                 gap = gap if missing else expected
                 missing += number - expected
             expected = number + 1
         merged = sum(each.merged for each in rounds)
         if missing > merged:
-            return f"{counted(missing - merged, 'packet')} of {first} to {numbers[-1]} never came, from {gap} on"
+            return Missing(
+                f"{counted(missing - merged, 'packet')} of {first} to {numbers[-1]} never came, from {gap} on"
+            )
         if missing < merged:
-            return f"{counted(merged - missing, 'packet')} too many, of {first} to {numbers[-1]}"
-        return ""
+            return PeerError(f"{counted(merged - missing, 'packet')} too many, of {first} to {numbers[-1]}")
+        return None

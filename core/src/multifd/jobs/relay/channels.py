@@ -12,7 +12,7 @@ from multifd.errors import PeerError, counted
 from multifd.jobs.relay.channel import Channel
 from multifd.net.connection import Ended
 from multifd.net.deadline import Silence
-from multifd.wire.numbers import Numbers
+from multifd.wire.numbers import Missing, Numbers
 from multifd.wire.packet import InitPacket
 
 #: Seconds after the main channel's first sync point in which a channel may come: the source connected it before.
@@ -112,10 +112,10 @@ class Channels:
             known = len(self.running)
             try:
                 if not known:
-                    raise PeerError("no multifd channel came: turn multifd on at the source")
+                    raise Missing("no multifd channel came: turn multifd on at the source")
                 self._judge(replace(self._numbers) if self._numbers else Numbers(page_size))
                 return
-            except PeerError:
+            except Missing:
                 if not self._one_more_than(known):
                     raise
 

@@ -14,10 +14,11 @@ from multifd.effort.choice import Choice
 from multifd.engine.sender import ZERO_PAGES, Batch, SendChannels
 from multifd.errors import CallerError, HostError, MultifdError, PeerError, UsageError, counted, os_errors
 from multifd.jobs.report import DEFAULT_CHANNELS, OnProgress, Progress, Result, check_channels, every
+from multifd.jobs.source.verdict import SUCCESSES, Saw, State, after, answered, seen, told
 from multifd.memory.buffer import packet_buffer
 from multifd.memory.zeropages import part
 from multifd.net.connect import connect
-from multifd.net.connection import MAIN_READ, Connection, Lost, Stalled
+from multifd.net.connection import MAIN_READ, Connection, Ended, Lost
 from multifd.net.deadline import DEFAULT_TIMEOUT, Silence
 from multifd.net.security import connecting_wrap, warn_exposed
 from multifd.net.socket import SocketConnection, Wrap
@@ -29,8 +30,11 @@ from multifd.snapshot.format import SYNC_MODES
 from multifd.snapshot.reader import BlockReader, Snapshot, open_snapshot
 from multifd.wire.flags import PACKET_SIZE
 from multifd.wire.packet import InitPacket
-from multifd.wire.returnpath import ReturnPathParser
+from multifd.wire.returnpath import RETURN_MESSAGE, ReturnPathParser
 from multifd.wire.writer import Writer
+
+#: Seconds that a destination which has closed one connection may take to say why on its main channel.
+LAST_WORD = 1.0
 
 
 def send(
@@ -107,6 +111,7 @@ def send(
         cleanup.callback(connection.close)
         warn_exposed(connection)
         main = observers.watch_main(connection, read=BACK, written=OUT)
+        course = _Course()
         connections: list[tuple[SocketConnection, Watch]] = []
         total = source.memory_bytes // page_size
 
@@ -132,16 +137,16 @@ def send(
             cleanup.callback(engine.stop)
             if on_progress is not None:
                 cleanup.enter_context(every(0.5, partial(report, on_progress)))
-            _send_all(source, blocks, main, writer, engine, zero_pages)
-            _wait_for_confirmation(main, silence)
+            course.saw(Saw.CONNECTED)
+            _send_all(source, blocks, main, writer, engine, zero_pages, course)
+            silence.awaited = True
+            course.answered(_answer(main))
             if driver is not None:
                 driver.wait()
-        except (Lost, Stalled, _Refused) as error:
-            told: MultifdError = PeerError(
-                f"{error}: the destination's own message says why.  Here: compressor {choice.name}, "
-                f"{counted(channels, 'channel')}, page size {page_size}; all three must fit over there"
-            )
-            raise (driver.explain(told) if driver is not None else told) from error
+        except MultifdError as error:
+            here = f"compressor {choice.name}, {counted(channels, 'channel')}, page size {page_size}"
+            ended = course.ended(error, main, here)
+            raise (driver.explain(ended) if driver is not None else ended) from error
         counts = engine.counts
         return Result(
             seconds=round(time.monotonic() - started, 6),
@@ -198,34 +203,73 @@ def _send_all(
     writer: Writer,
     engine: SendChannels,
     zero_pages: str,
+    course: _Course,
 ) -> None:
     def write_zeros(idstr: str, offsets: Sequence[int]) -> None:
         main.write([writer.zero_pages(idstr, offsets)])
 
     main.write([writer.ram_start(block.block for block in blocks)])
     engine.epoch((), write_zeros)
+    course.saw(Saw.SYNC)
     main.write([writer.ram_end()])
     engine.epoch(_batches(blocks, read_holes=zero_pages == "none"), write_zeros)
     main.write([writer.ram_close()])
     if source.device_state is None:
         main.write([writer.end()])
-        return
-    with os_errors(source.device_state, CallerError), open(source.device_state, "rb") as state:
-        while data := state.read(MAIN_READ):
-            main.write([data])
+    else:
+        with os_errors(source.device_state, CallerError), open(source.device_state, "rb") as state:
+            while data := state.read(MAIN_READ):
+                main.write([data])
+    course.saw(Saw.WRITTEN)
 
 
-class _Refused(PeerError):
-    """The destination did not confirm."""
+class _Course:
+    """Where this migration is, as the verdict has it."""
+
+    def __init__(self) -> None:
+        self._state = State.WAITING
+
+    def saw(self, saw: Saw) -> None:
+        self._state = after(self._state, saw)
+
+    def answered(self, code: int) -> None:
+        """The destination has said its last word.  Raises PeerError where that is no success."""
+        self.saw(answered(code))
+        if self._state not in SUCCESSES:
+            raise PeerError(
+                f"the destination reports that it failed (code {code})"
+                if code
+                else "the destination says that it has everything, before it was sent"
+            )
+
+    def ended(self, error: MultifdError, main: Connection, here: str) -> MultifdError:
+        """How it ended, where it did with an error.  A connection lost has its cause in what the main channel says."""
+        if isinstance(error, Lost):
+            try:
+                self.answered(_answer(main, time.monotonic() + LAST_WORD))
+            except Ended:
+                pass
+            except PeerError as cause:
+                error = cause
+        self.saw(seen(error))
+        return told(self._state, error, here)
 
 
-def _wait_for_confirmation(main: Connection, silence: Silence) -> None:
-    silence.awaited = True
+def _answer(main: Connection, deadline: float | None = None) -> int:
+    """The destination's last word, 0 for good.
+
+    Raises Ended where it closes without one, PeerError where it has said none by the deadline (monotonic).
+    """
     answers = ReturnPathParser()
+    message = memoryview(bytearray(RETURN_MESSAGE.size))
+
+    def read() -> bytes:
+        if deadline is None:
+            return main.read_some(len(message))
+        return bytes(message[: main.read_first(message, deadline)])
+
     while answers.shut is None:
-        data = main.read_some(4096)
-        if not data:
-            raise _Refused("the destination closed the connection without confirming that it has everything")
+        if not (data := read()):
+            raise Ended("the destination closed the connection without confirming that it has everything")
         answers.feed(data)
-    if answers.shut:
-        raise _Refused(f"the destination reports that it failed (code {answers.shut})")
+    return answers.shut
