@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import images
+import multifd
 import streams
 from captures import OWN_CAPTURES
 from commands import MULTIFD, fails, run
@@ -73,6 +74,16 @@ def test_inspect_a_recording() -> None:
     result = run("inspect", OWN_CAPTURES / "q72-none-2ch", "--json")
     found = json.loads(result.stdout)
     assert (found["machine"], found["method"], found["ended"]) == ("pc-q35-7.2", "none", "complete")
+
+
+def test_inspect_says_which_packets_are_missing(work: Path) -> None:
+    stream = streams.small(page_size=4096, channels=2)
+    first, second = stream.channels
+    head = streams.header_length(4096)
+    streams.Stream(stream.main, [first[: 64 + head] + first[-head:], second]).write(work)
+    assert multifd.inspect(work)["ended"] == "sync point 2: 1 packet of 2 to 4 never came, from 2 on"
+    (work / "ch0.bin").write_bytes(first + first[64 + head : -head])
+    assert multifd.inspect(work)["ended"] == "channel 0: 1 packet after its last SYNC"
 
 
 def test_inspect_a_cut_recording_says_how_it_ended(work: Path) -> None:

@@ -17,8 +17,9 @@ import multifd
 import peers
 import streams
 from multifd import open_snapshot
-from multifd.errors import CallerError, MultifdError, PeerError
+from multifd.errors import CallerError, HostError, MultifdError, PeerError
 from multifd.jobs.report import Progress
+from multifd.snapshot.writer import SnapshotWriter
 
 
 def memory(snapshot: Path) -> list[bytes]:
@@ -221,6 +222,18 @@ def test_the_return_path_says_how_it_ended(work: Path) -> None:
     with pytest.raises(MultifdError):
         job.join()
     assert answer == bytes.fromhex("0002000400000001 0001000400000001"), "SHUT 1"
+
+
+def test_after_the_source_was_told_nothing_makes_it_a_failure(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: SnapshotWriter) -> None:
+        raise HostError("no descriptors are left")
+
+    monkeypatch.setattr(SnapshotWriter, "add_digests", fail)
+    stream = streams.small(return_path=True)
+    stream.write(work / "recording")
+    with pytest.warns(RuntimeWarning, match="the snapshot is complete, but has no digests: no descriptors are left"):
+        multifd.receive(f"recording:{work / 'recording'}", work / "snap")
+    assert open_snapshot(work / "snap").memory_bytes == 4 * 65536
 
 
 def test_an_output_that_exists_is_refused_before_listening(work: Path) -> None:

@@ -135,7 +135,13 @@ def test_on_the_command_line(start: Start, work: Path) -> None:
     good = run("doctor", *where)
     assert (good.returncode, good.stderr) == (0, "")
     assert "multifd zstd, 3 channels" in good.stdout
+    assert "return-path is off on the source" in good.stdout
+    assert "migrate_set_capability return-path on\n" in good.stdout
     assert good.stdout.endswith("nothing is seen that would fail\n")
+    source.reconnect()
+    source.prepare(method="zstd", channels=3, return_path=True)
+    source.monitor.close()
+    assert "return-path" not in run("doctor", *where).stdout
     destination.reconnect()
     destination.prepare(method="none", channels=3)
     destination.monitor.close()

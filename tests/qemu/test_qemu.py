@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import multifd
 import peers
 from multifd import open_snapshot
 from multifd.errors import MultifdError, PeerError
+from multifd.qemu.driver import Source
 from qemus import RELEASES, Qemu, Start, content
 
 METHODS = ("none", "zlib", "zstd")
@@ -103,6 +105,30 @@ def test_receive_drives_the_source(start: Start, work: Path, release: str, then:
     source.reconnect()
     assert settings(source) == before, "put back"
     assert source.monitor.command("query-status")["running"] == (then == "resume")
+
+
+@pytest.mark.parametrize("then", ["stop", "resume"])
+def test_a_source_that_cannot_be_told_what_to_do_then(
+    start: Start, work: Path, monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    """The snapshot is complete, and the source knows; the guest is another matter."""
+    source = start("10.0", "source")
+    source.fill(content())
+    source.monitor.close()
+
+    def leave(self: Source, then: str) -> None:
+        raise PeerError("the monitor is gone")
+
+    monkeypatch.setattr(Source, "leave", leave)
+    job = partial(multifd.receive, f"unix:{work}/here", work / "snap", qmp=str(work / "source.qmp"), then=then)
+    if then == "stop":
+        with pytest.warns(RuntimeWarning, match="the snapshot is complete, but not all is well at the source"):
+            job()
+    else:
+        with pytest.raises(PeerError, match="the snapshot is complete, but .* the monitor is gone; its guest did not"):
+            job()
+    assert (work / "snap" / "0-pc.ram.raw").read_bytes() == content()
+    assert "sha256" in (work / "snap" / "snapshot.json").read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -27,13 +27,21 @@ def run(arguments: argparse.Namespace) -> int:
     with Monitor(arguments.destination_qmp) as monitor:
         destination = doctor.examine(monitor)
     troubles = doctor.compare(source, destination)
+    advice = doctor.advise(source)
     if arguments.json:
-        found = {"source": asdict(source), "destination": asdict(destination), "troubles": list(map(asdict, troubles))}
+        found = {
+            "source": asdict(source),
+            "destination": asdict(destination),
+            "troubles": list(map(asdict, troubles)),
+            "advice": list(map(asdict, advice)),
+        }
         print(json.dumps(found, indent=2))
     else:
         print(f"{'source':<13}{doctor.describe(source)}\n{'destination':<13}{doctor.describe(destination)}")
         for trouble in troubles:
             print(f"- {trouble.what}: {trouble.remedy}")
+        for one in advice:
+            print(f"  {one.what}: {one.remedy}")
         if not troubles:
             print("nothing is seen that would fail")
     return int(bool(troubles))

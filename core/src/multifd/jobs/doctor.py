@@ -43,7 +43,7 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """What would fail, and what to do about it."""
+    """What would fail, or could be better, and what to do about it."""
 
     what: str
     remedy: str
@@ -118,6 +118,19 @@ def compare(source: Side, destination: Side) -> list[Trouble]:
             )
         )
     return found
+
+
+def advise(source: Side) -> list[Trouble]:
+    """What could be better, though nothing fails."""
+    if source.on("return-path"):
+        return []
+    return [
+        Trouble(
+            "return-path is off on the source: it takes a migration for complete before the destination has it, and a "
+            "relay can confirm none",
+            "on the source's monitor: migrate_set_capability return-path on",
+        )
+    ]
 
 
 def _own(side: Side, who: str) -> list[Trouble]:

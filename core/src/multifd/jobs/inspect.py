@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from uuid import UUID
 
 from multifd.engine.headers import read_packet
-from multifd.errors import CallerError, MultifdError, os_errors
+from multifd.errors import CallerError, MultifdError, PeerError, counted, os_errors
 from multifd.net.connection import MAIN_READ, Connection, Ended
 from multifd.net.recording import open_recording
 from multifd.snapshot.format import INDEX
@@ -20,6 +21,7 @@ from multifd.wire.counts import Counts
 from multifd.wire.events import BlockList, Configuration, DeviceState, PageData, SyncPoint, ZeroPages
 from multifd.wire.flags import PACKET_SIZE, method_name
 from multifd.wire.mainchannel import Parser
+from multifd.wire.numbers import ChannelNumbers, Numbers, Round
 from multifd.wire.packet import INIT, InitPacket, RamPacket, header_length
 
 
@@ -84,6 +86,8 @@ class _Tally:
     syncs: int = 0
     busy: set[int] = field(default_factory=set)
     methods: Counter[str] = field(default_factory=Counter)
+    numbers: ChannelNumbers = field(default_factory=ChannelNumbers)
+    rounds: list[Round] = field(default_factory=list)
     problem: str = ""
 
     def add(self, packet: RamPacket) -> None:
@@ -91,6 +95,8 @@ class _Tally:
         self.counts.add(packet)
         self.note(len(packet.normal) + len(packet.zero))
         self.syncs += packet.sync
+        if ended := self.numbers.add(packet):
+            self.rounds.append(ended)
 
     def note(self, pages: int) -> None:
         """Pages came since the last SYNC."""
@@ -110,12 +116,16 @@ def _recording(path: Path) -> dict[str, Any]:
         wire = main.bytes_read + sum(connection.bytes_read for connection in channels)
     every = [main_tally, *tallies]
     counts = Counts.total(tally.counts for tally in every)
-    problems = [
-        f"channel {number}: {tally.syncs} SYNCs for {main_tally.syncs} sync points"
-        for number, tally in enumerate(tallies)
-        if tally.syncs != main_tally.syncs and not tally.problem
-    ]
-    problems = [tally.problem for tally in every if tally.problem] + problems
+    problems = [tally.problem for tally in every if tally.problem]
+    for number, tally in enumerate(tallies):
+        if tally.problem:
+            continue
+        if tally.syncs != main_tally.syncs:
+            problems.append(f"channel {number}: {tally.syncs} SYNCs for {main_tally.syncs} sync points")
+        elif tally.numbers.since_sync:
+            problems.append(f"channel {number}: {counted(tally.numbers.since_sync, 'packet')} after its last SYNC")
+    if not problems:
+        problems = _numbers_problems(tallies, parser.page_size)
     methods: Counter[str] = sum((tally.methods for tally in tallies), Counter())
     return {
         "kind": "recording",
@@ -138,6 +148,16 @@ def _recording(path: Path) -> dict[str, Any]:
         "syncs": sum(tally.syncs for tally in tallies),
         "ended": "; ".join(problems) or "complete",
     }
+
+
+def _numbers_problems(tallies: Sequence[_Tally], page_size: int) -> list[str]:
+    """Packets that are missing, or not where they belong."""
+    numbers = Numbers(page_size)
+    try:
+        odd = [numbers.sync_point(rounds) for rounds in zip(*(tally.rounds for tally in tallies), strict=True)]
+    except PeerError as error:
+        return [str(error)]
+    return [text for text in odd if text]
 
 
 def _main(main: Connection, parser: Parser, head: dict[str, Any]) -> _Tally:

@@ -115,8 +115,8 @@ class Numbers:
         self._told = True
         known = " and ".join(map(str, sorted(rooms)))
         return (
-            f"sync point {self._sync_points}: {error}; its SYNCs are like no known QEMU's ({merged} with pages, others with room for {known}), "
-            "so its packets are not accounted for"
+            f"sync point {self._sync_points}: {error}; its SYNCs are like no known QEMU's ({merged} with pages, others "
+            f"with room for {known}), so its packets are not accounted for"
         )
 
     def _error(self, rounds: Sequence[Round]) -> PeerError | None:
