@@ -4,12 +4,13 @@ A source numbers its packets over all channels, from 0, SYNCs included (seen wit
 
 * Each channel's numbers rise.  The packets between two sync points, the second one's SYNCs included, have the numbers
   that follow those of the round before, none of them twice.
-* From 9.0 on none is left out.  Before, a packet of pages that became a SYNC as well has taken the SYNC's number,
+* In 10.0 and 11.1 none is left out.  In 7.2 a packet of pages that became a SYNC as well has taken the SYNC's number,
   and its own is missing; for each such packet an empty one comes later on the channel, which repeats the number of
   the SYNC before it.
 
-A stream names no version, but its SYNCs do: with room for no page from 10.0 on, for a packet full before.  Of a stream
-in which they are otherwise the numbers are not known to mean anything: what is odd about them is told, not refused.
+A stream names no version, but its SYNCs do: with room for no page in 10.0 and 11.1, for a packet full in 7.2.  Of a
+stream in which they are otherwise the numbers are not known to mean anything: what is odd about them is told, not
+refused.
 """
 
 from __future__ import annotations
