@@ -253,7 +253,7 @@ def two_rounds() -> streams.Stream:
     third = streams.packet([], [size], page_size=size)
     sync = streams.sync(size)
     channel = streams.init(0) + sync + first + sync + second + third + sync
-    return streams.Stream(main, [channel], {"pc.ram": bytes(size) * 2 + text[3] + bytes(size)})
+    return streams.Stream(main, streams.numbered([channel]), {"pc.ram": bytes(size) * 2 + text[3] + bytes(size)})
 
 
 @pytest.mark.parametrize("find", [False, True])
