@@ -149,6 +149,25 @@ def test_a_channel_may_be_quiet_while_another_moves(moving: bool) -> None:
     there.join()
 
 
+def test_a_channel_may_be_late(work: Path) -> None:
+    """The source connected all of them first, but the relay has not met it when the main channel is complete."""
+    stream = streams.small("zlib", return_path=True, channels=2)
+    there = peers.Receiving(work / "snap", channels=2)
+    with (
+        closing(Relaying(there.uri, to="zstd")) as relaying,
+        peers.dial(relaying.uri) as main,
+        peers.dial(relaying.uri) as first,
+        peers.dial(relaying.uri) as late,
+    ):
+        main.sendall(stream.main)
+        first.sendall(stream.channels[0])
+        time.sleep(0.3)
+        late.sendall(stream.channels[1])
+        there.join()
+        assert relaying.result().confirmed
+    assert (work / "snap" / "0-pc.ram.raw").read_bytes() == stream.ram["pc.ram"]
+
+
 def test_what_an_earlier_migration_left_behind_is_dropped(work: Path) -> None:
     """A channel that connects when its main channel has failed already does not spoil the next migration."""
     content = images.write_memory(work)
@@ -388,7 +407,7 @@ def test_switchover_start_is_taken_out_and_nothing_else(work: Path, piece: int) 
     there = peers.Keeping(1, everything=length - len(streams.SWITCHOVER_START))
     with closing(Relaying(there.uri, drop_switchover_start=True)) as relaying:
         peers.play(relaying.uri, [stream.main, *stream.channels], piece)
-        relaying.join()
+        assert relaying.result().confirmed
     there.join()
     assert there.main == stream.main.replace(streams.SWITCHOVER_START, b"")
     assert there.channels[0] == stream.channels[0]
@@ -409,7 +428,7 @@ def test_switchover_start_that_comes_in_two_parts(cut: int) -> None:
         assert peers.eventually(lambda: there.missing == rest)
         main.sendall(stream.main[at + cut :])
         channel.sendall(stream.channels[0])
-        relaying.join()
+        assert relaying.result().confirmed
     there.join()
     assert there.main == stream.main.replace(streams.SWITCHOVER_START, b"")
 
@@ -429,7 +448,7 @@ def test_what_passes_unread_is_not_changed(own_capture: dict[str, Capture]) -> N
     there = peers.Keeping(2, b"", everything=sum(map(len, files)))
     with closing(Relaying(there.uri)) as relaying:
         peers.play(relaying.uri, files, 65521)
-        relaying.join()
+        assert not relaying.result().confirmed
     there.join()
     assert [there.main, *there.channels.values()] == [files[0], *(files[1 + number] for number in there.channels)]
 

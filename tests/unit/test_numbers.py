@@ -55,7 +55,11 @@ def test_as_7_2_counts() -> None:
 
 WRONG: list[tuple[list[RamPacket], list[RamPacket], str]] = [
     ([sync(0), data(2), sync(4)], [sync(1), sync(5)], "sync point 2: 1 packet of 2 to 5 never came, from 3 on"),
-    ([sync(0), data(2), sync(5)], [sync(1), data(2), sync(4)], "sync point 2: packet 2 came twice"),
+    (
+        [sync(0), data(2), sync(5)],
+        [sync(1), data(2), sync(4)],
+        "packet 2 came twice, or after its round: 3 was next",
+    ),
     ([sync(0), data(2), data(2), sync(4)], [sync(1), sync(3)], "packet 2 came after packet 2: one came twice"),
     ([sync(0), data(3), data(2), sync(4)], [sync(1), sync(5)], "packet 2 came after packet 3: one came twice, or too"),
     (
@@ -69,7 +73,7 @@ WRONG: list[tuple[list[RamPacket], list[RamPacket], str]] = [
         "packet 3 came after packet 4: one came twice, or too late",
     ),
     ([sync(1)], [sync(2)], "sync point 1: 1 packet of 0 to 2 never came, from 0 on"),
-    ([sync(0, FULL), data(3, sync=True)], [sync(1, FULL), sync(2, FULL)], "sync point 2: 1 packet too many, of 2 to 3"),
+    ([sync(0, FULL), data(3, sync=True)], [sync(1, FULL), sync(2, FULL)], "sync point 2: 1 packet too many of 2 to 3"),
     ([sync(0), sync(2**63)], [sync(1), sync(2)], "9223372036854775805 packets of 2 to 9223372036854775808 never came"),
 ]
 

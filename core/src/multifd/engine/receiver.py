@@ -200,8 +200,13 @@ class RecvChannels:
             self._wait_for_ends()
 
     def _wait_for_ends(self) -> None:
+        """Of all channels, but for one that stands at a SYNC too many.  Locked."""
         self._changed.wait_for(
-            lambda: self._failure is not None or all(channel.ended for channel in self._channels.values()), LETTING_GO
+            lambda: (
+                self._failure is not None
+                or all(channel.ended or channel.syncs > self._passed for channel in self._channels.values())
+            ),
+            LETTING_GO,
         )
 
     def stop(self) -> None:

@@ -41,3 +41,4 @@ class Silence:
 
 #: Seconds; QEMU itself waits for ever.
 DEFAULT_TIMEOUT = 30.0
+FOREVER = 1e9

@@ -106,7 +106,7 @@ class Numbers:
         error = self._error(rounds)
         rooms = self._rooms.union(*(each.rooms for each in rounds))
         merged = self._merged + sum(each.merged for each in rounds)
-        if error and (rooms == {pages_per_packet(self.page_size)} or (rooms == {0} and not merged)):
+        if error and (rooms <= {pages_per_packet(self.page_size)} or (rooms == {0} and not merged)):
             raise error.at(f"sync point {self._sync_points + 1}")
         self._next = max(number for each in rounds for number in each.numbers) + 1
         self._sync_points += 1
@@ -127,21 +127,18 @@ class Numbers:
         first = expected = self._next
         # Each channel's rise already: sorting merges them.
         numbers = sorted(number for each in rounds for number in each.numbers)
-        if numbers[0] < first:
-            return PeerError(f"packet {numbers[0]} came after packet {first - 1}, of the round before")
         missing, gap = 0, 0
         for number in numbers:
             if number < expected:
-                return PeerError(f"packet {number} came twice")
+                return PeerError(f"packet {number} came twice, or after its round: {expected} was next")
             if number > expected:
                 gap = gap if missing else expected
                 missing += number - expected
             expected = number + 1
-        merged = sum(each.merged for each in rounds)
-        if missing > merged:
-            return Missing(
-                f"{counted(missing - merged, 'packet')} of {first} to {numbers[-1]} never came, from {gap} on"
-            )
-        if missing < merged:
-            return PeerError(f"{counted(merged - missing, 'packet')} too many, of {first} to {numbers[-1]}")
-        return None
+        wrong = missing - sum(each.merged for each in rounds)
+        if not wrong:
+            return None
+        span = f"of {first} to {numbers[-1]}"
+        if wrong < 0:
+            return PeerError(f"{counted(-wrong, 'packet')} too many {span}")
+        return Missing(f"{counted(wrong, 'packet')} {span} never came, from {gap} on")

@@ -18,7 +18,7 @@ from multifd.jobs.destination.verdict import SUCCESSES, Saw, State, after, seen,
 from multifd.jobs.report import DEFAULT_CHANNELS, OnProgress, Progress, Result, check_channels, every
 from multifd.memory.runs import runs
 from multifd.net.connection import MAIN_READ, Connection, Ended, Lost
-from multifd.net.deadline import DEFAULT_TIMEOUT, Silence
+from multifd.net.deadline import DEFAULT_TIMEOUT, FOREVER, Silence
 from multifd.net.listener import Listener
 from multifd.net.recording import open_recording
 from multifd.net.security import listening_wrap
@@ -96,7 +96,8 @@ def receive(
     path = Path(os.path.abspath(output))
     check_free(path)
     readers = Readers.parse(compressor)
-    silence = Silence(timeout, idle_timeout)
+    # A recording waits for nobody, and nobody for it.
+    silence = Silence(timeout, idle_timeout) if where.scheme != "recording" else Silence(FOREVER)
     observers = Observers(observe)
     with ExitStack() as last, ExitStack() as cleanup:
         cleanup.enter_context(observers.migration(IN))

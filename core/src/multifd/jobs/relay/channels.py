@@ -100,24 +100,24 @@ class Channels:
         while True:
             self._await(lambda channel: channel.syncs >= points or channel.ended, over)
             self.sync_point(points)
-            main_complete()
-            self._await(lambda channel: channel.over, over)
-            for channel in self.running.values():
-                if channel.syncs != points or channel.numbers.since_sync:
-                    raise PeerError(
-                        f"channel {channel.id}: {channel.syncs} SYNCs and "
-                        f"{counted(channel.numbers.since_sync, 'packet')} after the last, but the main channel ended "
-                        f"after {points} sync points"
-                    )
             known = len(self.running)
             try:
                 if not known:
                     raise Missing("no multifd channel came: turn multifd on at the source")
                 self._judge(replace(self._numbers) if self._numbers else Numbers(page_size))
-                return
+                break
             except Missing:
                 if not self._one_more_than(known):
                     raise
+        main_complete()  # not before all have come: one that has not begun would be over
+        self._await(lambda channel: channel.over, over)
+        for channel in self.running.values():
+            if channel.syncs != points or channel.numbers.since_sync:
+                raise PeerError(
+                    f"channel {channel.id}: {channel.syncs} SYNCs and "
+                    f"{counted(channel.numbers.since_sync, 'packet')} after the last, but the main channel ended "
+                    f"after {points} sync points"
+                )
 
     def _one_more_than(self, known: int) -> bool:
         return self._changed.wait_for(lambda: len(self.ids) > known, LATE_CHANNEL)

@@ -82,7 +82,6 @@ class MainChannel:
             data = source.read_some(MAIN_READ)
         if not complete:
             raise Ended("main channel: it ended before it was complete")
-        destination.finish()  # it closes in its turn, when it is done
 
     def pass_back(self, destination: Connection, source: Connection, on_shut: Callable[[int], None]) -> None:
         """The destination's answers, until it closes; `on_shut` is told its last word before that passes: 0 is good.

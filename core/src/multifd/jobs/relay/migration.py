@@ -245,6 +245,12 @@ class Migration:
             self._main.pass_on(source, destination, self._note, self._account)
         except Lost as lost:
             raise Lost(GONE) from lost
+        with self._changed:
+            for connection in self._onward:
+                # Nothing more comes; the destination closes in its turn, when it is done.  QEMU 10.0 takes the end of a
+                # multifd channel without TLS's goodbye for a failure.
+                if connection is destination or type(connection) is SocketConnection:
+                    connection.finish()
 
     def _note(self, event: Event) -> None:
         match event:
