@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -217,3 +218,39 @@ def test_progress_on_a_terminal(work: Path) -> None:
         assert child.wait(30) == 0
     assert re.search(rb"MiB/s, ratio \d+\.\d\d, \d+ pages left", shown)
     assert shown.endswith(b"\r\x1b[K")
+
+
+@pytest.mark.parametrize("command", ["send", "receive", "doctor"])
+def test_a_peer_that_takes_connections_and_says_nothing(work: Path, command: str) -> None:
+    """A destination, or a monitor that another client holds: the command's own main thread is what waits."""
+    images.write_memory(work)
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(f"{work}/silent")
+        silent.listen()
+        arguments: dict[str, tuple[object, ...]] = {
+            "send": (work / "image.raw", f"unix:{work}/silent"),
+            "receive": (f"unix:{work}/here", "-o", work / "snap", "--qmp", work / "silent"),
+            "doctor": ("--source-qmp", work / "silent", "--destination-qmp", work / "silent"),
+        }
+        says = (
+            r"nothing moved for 1 s \(--timeout\)"
+            if command == "send"
+            else "another client holds this monitor: libvirt"
+        )
+        fails(1, says, command, *arguments[command], "--timeout", "1")
+
+
+def test_a_source_that_stops_in_the_middle_of_a_word(work: Path) -> None:
+    stream = streams.small()
+    with subprocess.Popen(
+        [*MULTIFD, "receive", f"unix:{work}/here", "-o", str(work / "snap"), "--timeout", "1"],
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as child:
+        assert eventually((work / "here").exists)
+        with socket.socket(socket.AF_UNIX) as main:
+            main.connect(f"{work}/here")
+            main.sendall(stream.main[: stream.main.index(b"pc.ram")])
+            _, said = child.communicate(timeout=30)
+    assert child.returncode == 1
+    assert said.splitlines()[-1] == "multifd: main channel: waiting for data: nothing moved for 1 s (--timeout)"

@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict
 
 from multifd.cli.commands import Run
+from multifd.cli.options import seconds
 
 
 def configure(parser: argparse.ArgumentParser) -> Run:
@@ -14,6 +15,9 @@ def configure(parser: argparse.ArgumentParser) -> Run:
     parser.description = "Ask both QEMUs, change nothing, and say what would fail and how to set it."
     for side in ("source", "destination"):
         parser.add_argument(f"--{side}-qmp", required=True, metavar="SOCKET", help=f"the monitor of the {side}'s QEMU")
+    parser.add_argument(
+        "--timeout", type=seconds, default=5.0, metavar="SECONDS", help="how long a monitor may take to answer (5)"
+    )
     return run
 
 
@@ -22,9 +26,9 @@ def run(arguments: argparse.Namespace) -> int:
     from multifd.jobs import doctor
     from multifd.qemu.monitor import Monitor
 
-    with Monitor(arguments.source_qmp) as monitor:
+    with Monitor(arguments.source_qmp, arguments.timeout) as monitor:
         source = doctor.examine(monitor)
-    with Monitor(arguments.destination_qmp) as monitor:
+    with Monitor(arguments.destination_qmp, arguments.timeout) as monitor:
         destination = doctor.examine(monitor)
     troubles = doctor.compare(source, destination)
     advice = doctor.advise(source)

@@ -26,8 +26,9 @@ class Silence:
         """How often a blocked thread has to look at `check`.
 
         Often within the timeout: bytes that trickle into a call that waits for all of them are seen when it looks.
+        And more often than any signal comes: the kernel's own timeout begins anew with each.
         """
-        return min(self.timeout, self.idle_timeout or self.timeout) / 8
+        return min(self.timeout / 8, (self.idle_timeout or self.timeout) / 8, MOST_BLIND)
 
     def check(self, doing: str, awaited: bool) -> None:
         """Raises Stalled where the silence has lasted too long."""
@@ -42,3 +43,5 @@ class Silence:
 #: Seconds; QEMU itself waits for ever.
 DEFAULT_TIMEOUT = 30.0
 FOREVER = 1e9
+#: Less than the command line's WAKE_SECONDS.
+MOST_BLIND = 0.2

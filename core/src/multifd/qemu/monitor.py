@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from multifd.errors import PeerError
 from multifd.net.connect import connect
-from multifd.net.connection import Ended
+from multifd.net.connection import Ended, Stalled
 from multifd.net.deadline import Silence
 from multifd.net.uri import Uri
 
@@ -24,7 +24,7 @@ class Monitor:
     def __init__(self, where: str, timeout: float = 30.0) -> None:
         """`where` is the monitor's socket: a path, `unix:PATH` or `tcp:HOST:PORT`.
 
-        Raises HostError where nobody listens, PeerError where it is no QMP monitor.
+        Raises HostError where nobody listens, PeerError where it is no QMP monitor, or another client has it.
         """
         uri = Uri.parse(where) if where.startswith(("unix:", "tcp:")) else Uri("unix", path=where)
         self.name = str(uri)
@@ -34,7 +34,13 @@ class Monitor:
         self._unread = b""
         self._commands = 0
         try:
-            greeting = self._read()
+            try:
+                greeting = self._read()
+            except Stalled:
+                raise PeerError(
+                    f"{self.name} takes the connection and says nothing for {timeout:g} s: another client holds this "
+                    "monitor: libvirt? then virt-qemu-qmp-proxy"
+                ) from None
             if "QMP" not in greeting:
                 raise PeerError(f"{self.name} is not a QMP monitor: it begins with {json.dumps(greeting)[:80]}")
             self.command("qmp_capabilities")
