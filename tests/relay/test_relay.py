@@ -14,7 +14,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -384,6 +384,23 @@ def test_stop_ends_what_is_under_way(work: Path) -> None:
     sock.close()
     with pytest.raises(PeerError):
         there.join()
+
+
+def test_stop_while_the_destination_takes_no_connection() -> None:
+    """Its queue is full, so that nobody answers: the relay does not wait for that."""
+    with ExitStack() as stack:
+        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        relaying = Relaying(f"tcp:127.0.0.1:{full.getsockname()[1]}", timeout=600)
+        main = stack.enter_context(peers.dial(relaying.uri))
+        main.sendall(streams.small().main[:200])
+        assert peers.eventually(lambda: relaying.connections() > 0)
+        time.sleep(0.3)  # it is connecting
+        relaying.relay.stop()
+        assert relaying.join() == []
 
 
 def test_zero_pages_that_the_source_did_not_mark(work: Path) -> None:

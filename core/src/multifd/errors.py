@@ -6,6 +6,7 @@ A message is one line: where (which channel), what came, what was expected, and 
 from __future__ import annotations
 
 import errno
+import os
 from types import TracebackType
 
 
@@ -50,6 +51,11 @@ _ADVICE = {
 def reason(error: OSError) -> str:
     """Why the system refused, in words."""
     return _ADVICE.get(error.errno or 0) or error.strerror or str(error)
+
+
+def system_error(number: int) -> OSError:
+    """The system's error of this number (errno)."""
+    return OSError(number, os.strerror(number))
 
 
 class os_errors:  # noqa: N801 - read as a verb: `with os_errors(path):`

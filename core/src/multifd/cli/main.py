@@ -76,8 +76,8 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the command through its cleaning up."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Ctrl-C, SIGTERM and SIGHUP end the command through its cleaning up."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _stop)
     # A signal that comes just before a lock or a read blocks is seen only when that returns.
     signal.signal(signal.SIGALRM, lambda *_: None)

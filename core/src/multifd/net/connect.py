@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import select
 import socket
 import time
+from typing import Any
 
-from multifd.errors import HostError, reason
+from multifd.errors import HostError, reason, system_error
 from multifd.net.deadline import Silence
 from multifd.net.socket import SocketConnection, Wrap
 from multifd.net.uri import Uri
+
+#: Seconds until a Unix socket's full queue is tried again.
+AGAIN = 0.05
 
 
 def connect(
     uri: Uri, silence: Silence, who: str = "the destination", wrap: Wrap = SocketConnection
 ) -> SocketConnection:
-    """Connect to somebody within `silence.timeout` seconds.  Raises HostError, PeerError."""
+    """Connect to somebody within `silence.timeout` seconds.  Raises HostError, PeerError, Stalled where given up."""
     error: OSError | None = None
     try:
         if uri.scheme == "unix":
@@ -26,12 +32,14 @@ def connect(
         for family, address in found:
             sock = socket.socket(family)
             try:
-                sock.settimeout(max(0.001, deadline - time.monotonic()))
-                sock.connect(address)
+                _connect(sock, address, deadline, silence)
             except OSError as failed:
                 error = failed
                 sock.close()
                 continue
+            except BaseException:
+                sock.close()
+                raise
             connection = wrap(sock, str(uri), silence)
             try:
                 connection.begin(deadline)
@@ -46,3 +54,23 @@ def connect(
     refused = isinstance(error, (ConnectionRefusedError, FileNotFoundError))
     hint = f": is {who} listening there?" if refused else ""
     raise HostError(f"cannot connect to {uri}: {reason(error) if error else 'no address'}{hint}") from error
+
+
+def _connect(sock: socket.socket, address: Any, deadline: float, silence: Silence) -> None:
+    """In looks, so that it can be given up.  Raises OSError, Stalled."""
+    sock.setblocking(False)
+    error = sock.connect_ex(address)
+    poll = select.poll()
+    poll.register(sock, select.POLLOUT)
+    while error in (errno.EINPROGRESS, errno.EAGAIN):
+        silence.check("connecting", awaited=False)
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        if error == errno.EAGAIN:  # a Unix socket's queue is full, and nothing tells when it no longer is
+            time.sleep(min(left, AGAIN))
+            error = sock.connect_ex(address)
+        elif poll.poll(min(left, silence.interval) * 1000):
+            error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if error:
+        raise system_error(error)

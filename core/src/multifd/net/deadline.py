@@ -20,6 +20,7 @@ class Silence:
         self.idle_timeout = idle_timeout
         self.awaited = False
         self.last = time.monotonic()
+        self._cancelled = False
 
     @property
     def interval(self) -> float:
@@ -30,8 +31,14 @@ class Silence:
         """
         return min(self.timeout / 8, (self.idle_timeout or self.timeout) / 8, MOST_BLIND)
 
+    def cancel(self) -> None:
+        """Whoever waits gives up at its next look; from any thread."""
+        self._cancelled = True
+
     def check(self, doing: str, awaited: bool) -> None:
-        """Raises Stalled where the silence has lasted too long."""
+        """Raises Stalled where the silence has lasted too long, or was cancelled."""
+        if self._cancelled:
+            raise Stalled(f"{doing}: given up")
         silent = time.monotonic() - self.last
         # The kernel's timer may fire a little early.
         if awaited and silent >= self.timeout * 0.99:

@@ -142,6 +142,10 @@ class SocketConnection:
     def _send(self, buffers: Sequence[Buffer]) -> int:
         return self._write(self._socket.sendmsg, buffers, (), socket.MSG_NOSIGNAL)
 
+    def keep_to(self, silence: Silence) -> None:
+        """From now on: before anybody else reads or writes."""
+        self._silence = silence
+
     def begin(self, deadline: float) -> None:
         """Whatever goes before the first byte, done before `deadline`; plain bytes need nothing.
 

@@ -33,6 +33,7 @@ class Connections:
         #: Whether those who connect are there, or their recording.
         self.live = listener is not None
         self._listener = listener
+        self._closed = False
         self._changed = threading.Condition()
         # Guarded by the condition:
         self._main: Connection | None = None
@@ -88,8 +89,11 @@ class Connections:
             thread.join()
 
     def close(self) -> None:
-        """Stop, and close all connections."""
+        """Stop, and close all connections.  Safe to call twice."""
         self.stop()
+        if self._closed:
+            return
+        self._closed = True
         for connection in self._connections:
             if not self.complete and isinstance(connection, SocketConnection):
                 connection.reset()

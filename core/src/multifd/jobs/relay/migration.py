@@ -70,7 +70,8 @@ class Relayed:
 class Migration:
     """The connections of one migration, and the threads that serve them."""
 
-    def __init__(self, plan: Plan, silence: Silence) -> None:
+    def __init__(self, plan: Plan) -> None:
+        silence = Silence(plan.timeout)
         self._plan = plan
         self._effort = Effort(plan.to) if plan.to is not None else None
         self._silence = silence
@@ -101,6 +102,7 @@ class Migration:
         with self._changed:
             if self._over:
                 return False
+            connection.keep_to(self._silence)
             self._connections.append(connection)
             self._threads = [thread for thread in self._threads if thread.is_alive()]
             self._spawn(lambda: self._serve(connection))
@@ -134,11 +136,13 @@ class Migration:
             self._changed.notify_all()
 
     def _let_go(self) -> None:
-        """Wake all threads.  A source that ended, or has its answer, closes first: taken from it, it would fail."""
+        """Wake all threads.  A source that has its answer, or ended, closes first: taken from it, it would fail."""
+        if self._state in SUCCESSES:
+            await_closing(self._connections, LETTING_GO)
+        self._silence.cancel()
         if self._state is State.ENDED_EARLY:
             for connection in self._onward:
                 connection.interrupt()
-        if self._state in SUCCESSES or self._state is State.ENDED_EARLY:
             await_closing(self._connections, LETTING_GO)
         with self._changed:
             for connection in (*self._connections, *self._onward):

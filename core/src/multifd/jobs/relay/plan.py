@@ -15,7 +15,8 @@ from multifd.observe.observers import Observers
 class Plan:
     """How connections are made and packets change; `to` is None where payloads pass as they are.
 
-    `uuid` replaces the guest's, 16 bytes; `channels` is the most that a source may use.
+    `uuid` replaces the guest's, 16 bytes; `channels` is the most that a source may use;
+    `timeout` is in seconds.
     """
 
     target: Uri
@@ -27,3 +28,4 @@ class Plan:
     drop_switchover_start: bool
     find_zero_pages: bool
     observers: Observers
+    timeout: float

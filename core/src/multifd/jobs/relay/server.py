@@ -89,9 +89,8 @@ class Relay:
         readers = Readers.parse(source)
         observers = Observers(observe)
         self._plan = Plan(
-            target, wrap, readers, choice, uuid, channels, drop_switchover_start, find_zero_pages, observers
+            target, wrap, readers, choice, uuid, channels, drop_switchover_start, find_zero_pages, observers, timeout
         )
-        self._timeout = timeout
         self._changed = threading.Condition()
         # Guarded by the condition:
         self._current: Migration | None = None
@@ -163,16 +162,14 @@ class Relay:
             return None if self._stopped else self._current
 
     def _accept(self) -> None:
-        # One for all migrations, as each is served alone: a channel may be quiet while others move.
-        silence = Silence(self._timeout)
         while True:
-            connection = self._listener.accept(silence)
+            connection = self._listener.accept(Silence(self._plan.timeout))
             if connection is None:
                 return
             with self._changed:
                 while not self._stopped:
                     if self._current is None:
-                        self._current = Migration(self._plan, silence)
+                        self._current = Migration(self._plan)
                         self._changed.notify_all()
                     if self._current.take(connection):
                         break
