@@ -85,6 +85,8 @@ def test_inspect_says_which_packets_are_missing(work: Path) -> None:
     assert multifd.inspect(work)["ended"] == "sync point 2: 1 packet of 2 to 4 never came, from 2 on"
     (work / "ch0.bin").write_bytes(first + first[64 + head : -head])
     assert multifd.inspect(work)["ended"] == "channel 0: 1 packet after its last SYNC"
+    (work / "ch0.bin").write_bytes(first + first[64 : 64 + 500])
+    assert multifd.inspect(work)["ended"] == "channel 0: it ended after 500 of 1344 bytes of a packet's header"
 
 
 def test_inspect_a_cut_recording_says_how_it_ended(work: Path) -> None:
@@ -94,7 +96,7 @@ def test_inspect_a_cut_recording_says_how_it_ended(work: Path) -> None:
     stream.write(work / "recording")
     found = json.loads(run("inspect", work / "recording", "--json").stdout)
     assert "main channel: the stream ended at byte" in found["ended"]
-    assert "channel 1: 1 SYNCs for 2 sync points" in found["ended"]
+    assert "channel 1: it ended after 284 of 384 bytes of a packet's header" in found["ended"]
     assert found["normal_pages"] == 3
 
 

@@ -127,6 +127,17 @@ def test_a_main_channel_that_never_comes(work: Path) -> None:
         refused(work, job, "1 connection came, none of them a main channel, within 0.5 s")
 
 
+def test_a_source_that_goes_before_its_channels_have_come(work: Path) -> None:
+    """At once, and not for want of channels: a cancel in the set-up looks so through a relay."""
+    stream = streams.small(channels=2)
+    job = peers.Receiving(work / "snap", channels=2)
+    with peers.dial(job.uri) as main:
+        main.sendall(stream.main)
+        began = time.monotonic()
+    refused(work, job, "^the source ended early: cancelled, or gone$")
+    assert time.monotonic() - began < peers.TIMEOUT / 2
+
+
 def test_nobody_comes(work: Path) -> None:
     refused(work, peers.Receiving(work / "snap", first_timeout=0.3), r"nobody connected within 0.3 s")
 

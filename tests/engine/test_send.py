@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -281,3 +283,25 @@ def test_a_thread_that_cannot_start_leaves_no_other(work: Path, monkeypatch: pyt
     with pytest.raises(RuntimeError, match="can't start"):
         multifd.send(open_snapshot(work / "image.raw"), there.uri)
     there.join()
+
+
+@pytest.mark.parametrize(
+    "answer", [b"", b"\x00\x02\x00\x04\x00\x00\x00\x01", b"\x00\x01\x00", b"\x00\x01\x00\x04\x00\x00\x00\x07"]
+)
+def test_a_channel_that_is_closed_while_main_stays_open(work: Path, answer: bytes) -> None:
+    """What the main channel says is the cause; where it says nothing, a PONG, or half a word, the channel is."""
+    (work / "image.raw").write_bytes(bytes(range(256)) * 4096 * 64)
+    with socket.create_server(("127.0.0.1", 0)) as server, ExitStack() as stack:
+
+        def serve() -> None:
+            main, _ = server.accept()
+            stack.enter_context(main)
+            main.sendall(answer)
+            for _ in range(2):
+                server.accept()[0].close()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        says = r"failed \(code 7\)" if answer.endswith(b"\7") else "channel [01]: the other side closed the connection"
+        fails(work, f"tcp:127.0.0.1:{server.getsockname()[1]}", f"{says}.*must fit over there", PeerError)
+        thread.join()

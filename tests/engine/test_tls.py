@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import images
 import multifd
 import peers
+import streams
 from certificates import Authority
 from multifd import open_snapshot
 from multifd.errors import CallerError, MultifdError, PeerError, UsageError
@@ -103,6 +106,24 @@ def test_one_side_without_tls(work: Path, creds: Path) -> None:
     source, destination = refused(work, creds, None)
     assert "it speaks TLS, this side does not" in destination
     assert "in the TLS handshake: does it speak TLS" in source
+
+
+@pytest.mark.parametrize("goodbye", [True, False])
+def test_a_source_that_dies_reads_the_same(work: Path, creds: Path, goodbye: bool) -> None:
+    """QEMU closes its main channel without a goodbye, and is waiting for an answer."""
+    stream = streams.small(return_path=True)
+    job = peers.Receiving(work / "snap", tls_creds=creds, channels=1)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(creds / "ca-cert.pem")
+    context.load_cert_chain(creds / "client-cert.pem", creds / "client-key.pem")
+    with context.wrap_socket(peers.dial(job.uri), server_hostname="localhost", suppress_ragged_eofs=True) as main:
+        main.sendall(stream.main[: stream.main.index(streams.RETURN_PATH) + len(streams.RETURN_PATH)])
+        if goodbye:
+            main.settimeout(1)
+            with suppress(OSError):
+                main.unwrap()
+    with pytest.raises(PeerError, match=r"^the source ended early: cancelled, or gone$"):
+        job.join()
 
 
 def test_what_says_nothing_is_no_handshake(creds: Path) -> None:

@@ -276,6 +276,21 @@ def test_what_is_not_whole_is_refused_every_time(to: str | None, return_path: bo
             assert answer == b"", (what, number)
 
 
+def test_without_description_and_return_path_nothing_is_confirmed_either(work: Path) -> None:
+    """A source with suppress-vmdesc=on; one with return path is believed when the destination is."""
+    for return_path in (False, True):
+        stream = streams.small("zlib", return_path=return_path, channels=2)
+        main = stream.main.removesuffix(streams.description()) + b"\0"
+        answer = streams.SHUT_DONE if return_path else b""
+        everything = len(main) + sum(map(len, stream.channels))
+        there = peers.Keeping(2, answer, everything=everything, described=False)
+        with closing(Relaying(there.uri)) as relaying:
+            peers.play(relaying.uri, [main, *stream.channels], 65536, dies=not return_path)
+            assert relaying.result().confirmed == return_path
+        there.join()
+        assert there.main == main
+
+
 @pytest.mark.parametrize("as_json", [False, True])
 def test_without_return_path_nothing_is_confirmed(work: Path, as_json: bool) -> None:
     stream = streams.small("zlib", channels=2)

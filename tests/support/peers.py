@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import multifd
+import streams
 from multifd.errors import MultifdError
 from multifd.jobs.report import Result
 
@@ -122,8 +123,15 @@ class Keeping:
     """
 
     def __init__(
-        self, channels: int, answer: bytes = b"\x00\x01\x00\x04\x00\x00\x00\x00", *, everything: int | None = None
+        self,
+        channels: int,
+        answer: bytes = b"\x00\x01\x00\x04\x00\x00\x00\x00",
+        *,
+        everything: int | None = None,
+        described: bool = True,
     ) -> None:
+        """Where it is not `described`, the main channel ends behind its device state."""
+        self._is_described = described
         self.answer = answer
         self.missing = everything
         self._changed = threading.Condition()
@@ -160,7 +168,8 @@ class Keeping:
         with sock, suppress(ConnectionError):
             while piece := sock.recv(1 << 20):
                 data += piece
-                whole = data[:4] == b"QEVM" and _described(data)
+                end = _described(data) if self._is_described else data.endswith(streams.DEVICE_STATE + b"\0")
+                whole = data[:4] == b"QEVM" and end
                 if whole:
                     sock.sendall(self.answer)
                 if self.missing is not None:

@@ -45,12 +45,16 @@ def read_packet(connection: Readable, head: memoryview, page_size: int) -> RamPa
 
     Raises Ended at the end of the stream, with how much of the header had come, PeerError for what is no packet of RAM.
     """
-    got = connection.read_into(head, at_least=PREFIX.size)
-    if is_device_state(head[: PREFIX.size]):
-        raise PeerError("a device-state packet: state of VFIO devices cannot be taken, detach them before a migration")
-    if got < len(head):
-        try:
+    got = 0
+    try:
+        got = connection.read_into(head, at_least=PREFIX.size)
+        if is_device_state(head[: PREFIX.size]):
+            raise PeerError(
+                "a device-state packet: state of VFIO devices cannot be taken, detach them before a migration"
+            )
+        if got < len(head):
             connection.read_into(head[got:], due=True)
-        except Ended as ended:
-            raise Ended(f"{ended} of a packet's header", got + ended.got) from None
+    except Ended as ended:
+        got += ended.got
+        raise Ended(f"it ended after {got} of {len(head)} bytes of a packet's header", got) from None
     return RamPacket.unpack(head, page_size)

@@ -32,7 +32,8 @@ from multifd.wire.counts import Counts
 from multifd.wire.numbers import ChannelNumbers, Numbers, Round
 from multifd.wire.packet import InitPacket, RamPacket, header_length
 
-#: Seconds that a source may take to close its channels once it has its answer.
+#: Seconds that a source may take to close its channels once it has its answer, and that those of one which has gone may
+#: still be on their way.
 LETTING_GO = 1.0
 #: Bytes read at once of what comes afterwards.
 AFTERWARDS = 4096
@@ -141,10 +142,11 @@ class RecvChannels:
             self._numbers = Numbers(memory.page_size)
             self._changed.notify_all()
 
-    def sync_point(self, between: Callable[[], None]) -> None:
+    def sync_point(self, between: Callable[[], None], source_is_gone: Callable[[], bool]) -> None:
         """The main channel is at its next marker: wait for every channel's SYNC, then go on.
 
-        `between` is called while all of them stand still.  Raises PeerError where a packet of the round is missing or
+        `between` is called while all of them stand still; channels that have not come do not come where
+        `source_is_gone`.  Raises PeerError where a packet of the round is missing or
         came twice, where a channel ended before (Ended), is missing, or nothing moves for the timeout; or the first
         failure.
         """
@@ -154,6 +156,9 @@ class RecvChannels:
             while late := self._late(number):
                 self._raise_failure()
                 if not self._changed.wait(self._silence.interval):
+                    missing = len(self._channels) < self.count
+                    if missing and self._silence.lasted(LETTING_GO) and source_is_gone():
+                        raise Ended(f"{late}, and its main channel has ended")
                     self._silence.check(late, awaited=True)
             self._raise_failure()
             assert self._numbers is not None  # its channels read

@@ -203,8 +203,10 @@ def _channel(connection: Connection, parser: Parser, head: dict[str, Any]) -> _T
         while True:
             try:
                 packet = read_packet(connection, header, size)
-            except Ended:
-                return tally  # judged by its SYNCs: it may be cut after the last
+            except Ended as ended:
+                if ended.got and not tally.numbers.may_end_in(header[: ended.got]):
+                    tally.problem = f"{name}: {ended}"
+                return tally  # else judged by its SYNCs
             tally.add(packet)
             if packet.normal or packet.zero:
                 check_packet(head.get("by_name", {}), packet, size)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from multifd.errors import CallerError, MultifdError, PeerError, UsageError, os_errors
-from multifd.net.connection import Stalled
+from multifd.net.connection import Lost, Stalled
 from multifd.net.deadline import Silence
 from multifd.net.socket import SocketConnection, Wrap
 from multifd.net.wake import Wake
@@ -110,7 +110,7 @@ class TlsConnection(SocketConnection):
     One thread reads and another writes, but OpenSSL's session is one: it works in memory, under a
     lock, and nobody waits for the socket while holding it.  It closes without a goodbye
     (close_notify), which a QEMU 10.0 wants on multifd channels before it has finished, not after:
-    senders here wait until the destination has.
+    senders here wait until the destination has.  `finish` says goodbye.
     """
 
     def __init__(self, sock: Any, name: str, silence: Silence, *, context: ssl.SSLContext, host: str | None) -> None:
@@ -213,12 +213,22 @@ class TlsConnection(SocketConnection):
         receive = super()._receive
         return self._decrypt(view, lambda: receive(self._cipher, 0, due))
 
+    def finish(self) -> None:
+        with suppress(ssl.SSLError), self._lock:
+            self._session.unwrap()  # makes the goodbye, and wants the other side's
+        with suppress(MultifdError):
+            self._push()
+        super().finish()
+
     def write(self, buffers: Sequence[Buffer]) -> None:
         # Joined: each write becomes a record of its own.
         data = memoryview(buffers[0] if len(buffers) == 1 else b"".join(buffers))
         while data:
-            with self._lock:
-                count = self._session.write(data)
+            try:
+                with self._lock:
+                    count = self._session.write(data)
+            except ssl.SSLError as error:  # it ended, without a goodbye or with one
+                raise Lost("the other side closed the connection") from error
             data = data[count:]
         self._push()
 

@@ -110,11 +110,6 @@ class Parser:
             yield event
 
     @property
-    def in_device_state(self) -> bool:
-        """Whether the RAM sections have ended."""
-        return self._in_device_state
-
-    @property
     def complete(self) -> bool:
         """Whether the stream so far ends with its description."""
         return self.description is not None

@@ -75,6 +75,10 @@ class Connections:
     def _main_or_nobody(self) -> bool:
         return self._main is not None or self._over or not self._connections
 
+    def source_is_gone(self) -> bool:
+        """Whether the main channel's other side has closed it, though there may be something left to read."""
+        return isinstance(self._main, SocketConnection) and self._main.hung_up()
+
     def stop(self) -> None:
         """Stop accepting; end all threads.  The main channel stays open for the last word."""
         with self._changed:

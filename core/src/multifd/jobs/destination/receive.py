@@ -199,23 +199,24 @@ class _Receiver:
         try:
             return self._run(first_timeout)
         except BaseException as error:
+            hint = self._hint(error)
             self._saw(seen(error))
             if self._main is not None and self._return_path and self._state not in SUCCESSES:
                 with suppress(MultifdError):
                     self._main.write([shut(1)])
             if not isinstance(error, MultifdError):
                 raise
-            raise told(self._state, error, self._hint(error)) from error
+            raise told(self._state, error, hint) from error
 
     def _saw(self, saw: Saw) -> None:
         self._state = after(self._state, saw)
 
-    def _hint(self, error: MultifdError) -> str:
+    def _hint(self, error: BaseException) -> str:
         """What an early end may have been, too."""
         if not self._connections.live:
             return f"or the recording is cut: {error}"
-        if self._parser.in_device_state and self._description_required:
-            return "one with suppress-vmdesc=on sends no VM description: allow that with --no-description"
+        if self._state is State.SWITCHED_OVER and self._description_required and not self._return_path:
+            return "or it runs with suppress-vmdesc=on and sends no VM description: allow that with --no-description"
         return ""
 
     def _run(self, first_timeout: float | None) -> Result:
@@ -303,7 +304,7 @@ class _Receiver:
                 self._on_main.normal_pages += 1
             case SyncPoint():
                 assert self.snapshot is not None
-                self._channels.sync_point(self.snapshot.next_epoch)
+                self._channels.sync_point(self.snapshot.next_epoch, self._connections.source_is_gone)
                 self._saw(Saw.SYNC)
                 pages = self._pages
                 self._rounds += pages > self._pages_then

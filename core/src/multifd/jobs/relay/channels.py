@@ -76,7 +76,7 @@ class Channels:
 
         Before, they are kept: 16 bytes for each MiB.
         """
-        if self._settled is None or time.monotonic() < self._settled:
+        if self._settled is None or time.monotonic() < self._settled or len(self.running) < len(self.ids):
             return
         if self._numbers is None:
             self._numbers = Numbers(page_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from multifd.errors import MultifdError
+from multifd.errors import MultifdError, PeerError
 from multifd.net.connection import MAIN_READ, Connection, Ended
 from multifd.net.security import warn_exposed
 from multifd.net.socket import SocketConnection
@@ -62,8 +62,10 @@ class MainChannel:
         """From the source to the destination, until the source ends.
 
         `on_event` sees each event before it passes, `on_complete` is called before the last byte does, without which
-        the destination cannot go on.  Raises PeerError for what is no migration, Ended where it is not complete, Lost
-        where the destination has gone, and what the callbacks raise.
+        the destination cannot go on; where nothing tells that byte, before its end does.
+
+        Raises PeerError for what is no migration, Ended where it is not complete, Lost where the destination has gone,
+        and what the callbacks raise.
         """
         warn_exposed(source)
         warn_exposed(destination)
@@ -81,7 +83,18 @@ class MainChannel:
             destination.write([passed])
             data = source.read_some(MAIN_READ)
         if not complete:
-            raise Ended("main channel: it ended before it was complete")
+            self._end()
+            on_complete()
+
+    def _end(self) -> None:
+        """The source has ended without VM description.  Raises Ended unless it may.
+
+        One that waits for an answer has not ended well; another's device state may have none (suppress-vmdesc=on).
+        """
+        try:
+            self._parser.end(description_required=self.return_path)
+        except PeerError as error:
+            raise Ended(f"main channel: {error}") from error
 
     def pass_back(self, destination: Connection, source: Connection, on_shut: Callable[[int], None]) -> None:
         """The destination's answers, until it closes; `on_shut` is told its last word before that passes: 0 is good.

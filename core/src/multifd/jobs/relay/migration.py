@@ -251,10 +251,7 @@ class Migration:
             raise Lost(GONE) from lost
         with self._changed:
             for connection in self._onward:
-                # Nothing more comes; the destination closes in its turn, when it is done.  QEMU 10.0 takes the end of a
-                # multifd channel without TLS's goodbye for a failure.
-                if connection is destination or type(connection) is SocketConnection:
-                    connection.finish()
+                connection.finish()  # it closes in its turn, when the destination is done
 
     def _note(self, event: Event) -> None:
         match event:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
@@ -245,12 +245,12 @@ class _Course:
     def ended(self, error: MultifdError, main: Connection, here: str) -> MultifdError:
         """How it ended, where it did with an error.  A connection lost has its cause in what the main channel says."""
         if isinstance(error, Lost):
-            try:
-                self.answered(_answer(main, time.monotonic() + LAST_WORD))
-            except Ended:
-                pass
-            except PeerError as cause:
-                error = cause
+            with suppress(MultifdError):  # it may have said nothing, or nonsense
+                code = _answer(main, time.monotonic() + LAST_WORD)
+                try:
+                    self.answered(code)
+                except PeerError as cause:
+                    error = cause
         self.saw(seen(error))
         return told(self._state, error, here)
 
