@@ -110,7 +110,7 @@ class TlsConnection(SocketConnection):
     One thread reads and another writes, but OpenSSL's session is one: it works in memory, under a
     lock, and nobody waits for the socket while holding it.  It closes without a goodbye
     (close_notify), which a QEMU 10.0 wants on multifd channels before it has finished, not after:
-    senders here wait until the destination has.  `finish` says goodbye.
+    senders here wait until the destination has.
     """
 
     def __init__(self, sock: Any, name: str, silence: Silence, *, context: ssl.SSLContext, host: str | None) -> None:
@@ -212,13 +212,6 @@ class TlsConnection(SocketConnection):
     def _receive(self, view: memoryview, flags: int, due: bool) -> int:  # noqa: ARG002 - there is nothing to wait for all of
         receive = super()._receive
         return self._decrypt(view, lambda: receive(self._cipher, 0, due))
-
-    def finish(self) -> None:
-        with suppress(ssl.SSLError), self._lock:
-            self._session.unwrap()  # makes the goodbye, and wants the other side's
-        with suppress(MultifdError):
-            self._push()
-        super().finish()
 
     def write(self, buffers: Sequence[Buffer]) -> None:
         # Joined: each write becomes a record of its own.
