@@ -251,8 +251,8 @@ class Migration:
             raise Lost(GONE) from lost
         with self._changed:
             for connection in self._onward:
-                # Nothing more comes; the destination closes in its turn, when it is done.  But QEMU 10.0 takes the end of
-                # a multifd channel without TLS's goodbye for a failure, and may leave a goodbye unread.
+                # Nothing more comes; the destination closes in its turn, when it is done.  But QEMU 10.0 takes the end
+                # of a multifd channel without TLS's goodbye for a failure, and may leave a goodbye unread.
                 if connection is destination or type(connection) is SocketConnection:
                     connection.finish()
 
