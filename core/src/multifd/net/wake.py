@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 
+from multifd.errors import os_errors
+
 
 class Wake:
     """Set once, for good: whoever waits in `Connection.ready` goes on."""
 
     def __init__(self) -> None:
-        self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        """Raises HostError where there is no descriptor left for it."""
+        with os_errors("waiting for several connections"):
+            self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def fileno(self) -> int:
         """What can be polled: readable from `set` on."""

@@ -40,6 +40,11 @@ class Channels:
         self._numbers: Numbers | None = None
         self._settled: float | None = None
 
+    @property
+    def methods(self) -> set[int]:
+        """The numbers of the methods that they came with."""
+        return set().union(*(channel.methods for channel in self.running.values()))
+
     def register(self, name: str, init: InitPacket) -> None:
         """One has come.  Raises Foreign where it is of no migration here, PeerError where there are too many."""
         late = self._settled is not None and time.monotonic() > self._settled

@@ -71,12 +71,12 @@ class Migration:
     """The connections of one migration, and the threads that serve them."""
 
     def __init__(self, plan: Plan) -> None:
-        silence = Silence(plan.timeout)
         self._plan = plan
         self._effort = Effort(plan.to) if plan.to is not None else None
-        self._silence = silence
+        self._silence = Silence(plan.timeout)
         self._started = time.monotonic()
-        self._main_complete = Wake()
+        #: From the main channel's beginning on; no other channel moves before.
+        self._main_complete: Wake | None = None
         self._changed = threading.Condition()
         # Guarded by the condition:
         self._state = State.WAITING
@@ -89,7 +89,7 @@ class Migration:
         self._threads: list[threading.Thread] = []
         self._source: SocketConnection | None = None
         self._destination: SocketConnection | None = None
-        self._channels = Channels(self._changed, plan.channels, silence)
+        self._channels = Channels(self._changed, plan.channels, self._silence)
         self._observed = ExitStack()
         self._observed.enter_context(plan.observers.migration(IN, OUT))
 
@@ -127,7 +127,8 @@ class Migration:
         finally:
             for connection in (*self._connections, *self._onward):
                 connection.close()
-            self._main_complete.close()
+            if self._main_complete is not None:
+                self._main_complete.close()
 
     def stop(self) -> None:
         """End it, wherever it is."""
@@ -243,6 +244,7 @@ class Migration:
     # --- what passes ---
 
     def _relay_main(self, source: SocketConnection) -> None:
+        self._main_complete = Wake()
         destination = self._destination = self._connect()
         self._spawn(lambda: self._pass_back(destination, source))
         try:
@@ -271,7 +273,7 @@ class Migration:
 
     def _relay_channel(self, connection: SocketConnection, init: InitPacket) -> None:
         with self._changed:
-            if self._over:
+            if self._over or self._main_complete is None:
                 return
         channel: Channel
         size = self._main.page_size
@@ -298,9 +300,10 @@ class Migration:
 
     def _account(self) -> None:
         """The main channel is complete: all else has to have passed, too.  Raises PeerError where it has not."""
-        main = self._main
+        main, wake = self._main, self._main_complete
+        assert wake is not None
         with self._changed:
-            self._channels.account(main.sync_points, main.page_size, self._main_complete.set, lambda: self._over)
+            self._channels.account(main.sync_points, main.page_size, wake.set, lambda: self._over)
         self._saw(Saw.ACCOUNTED)
 
     # --- how it ends ---
@@ -315,12 +318,12 @@ class Migration:
             with self._changed:
                 self._answered = True
                 self._changed.notify_all()
+        left = ""
         if self._state is State.PASSED_ON and not self._main.return_path:
             if self._all_taken():
                 self._saw(Saw.DESTINATION_DONE)
-            else:
-                self._saw(Saw.DESTINATION_CLOSED, Lost(f"{GONE} before it had taken all that it was sent"))
-        self._saw(Saw.DESTINATION_CLOSED, Lost(GONE))
+            left = " before it had taken all that it was sent"
+        self._saw(Saw.DESTINATION_CLOSED, Lost(f"{GONE}{left}"))
 
     def _shut(self, code: int) -> None:
         """The destination has said its last word; here before it reaches the source, which then closes."""
@@ -343,24 +346,20 @@ class Migration:
 
     def _told(self) -> BaseException:
         error = self._error or PeerError("the relay was stopped")
-        if not isinstance(error, MultifdError):
-            return error
-        if self._state is not State.REFUSED or not isinstance(error, Lost):
-            return told(self._state, error)
-        # QEMU does not say why on the wire, so here is what it was shown.
+        return told(self._state, error, self._shown()) if isinstance(error, MultifdError) else error
+
+    def _shown(self) -> str:
+        """What the destination has to fit to."""
         shown = [f"machine {self._main.machine}"] if self._main.machine else []
         uuid = self._plan.uuid or self._channels.uuid
-        methods = set().union(*(channel.methods for channel in self._channels.running.values()))
-        if self._plan.to is not None:
-            methods = self._plan.to.flags
+        methods = self._channels.methods if self._plan.to is None else self._plan.to.flags
         if uuid is not None:
             shown.append(f"VM uuid {UUID(bytes=uuid)}")
         if methods:
             shown.append(f"method {'+'.join(map(method_name, sorted(methods)))}")
         if self._channels.ids:
             shown.append(f"multifd with {counted(len(self._channels.ids), 'channel')}")
-        fit = f"; it has to have {', '.join(shown)} (multifd doctor compares)" if shown else ""
-        return PeerError(f"{error}: its own message says why{fit}")
+        return ", ".join(shown)
 
     def counters(self) -> dict[Sample, float]:
         """What went through so far; the main channel has no method."""
@@ -385,7 +384,7 @@ class Migration:
         statistics = Counter(self._effort.used if self._effort is not None else {})
         for channel in channels:
             statistics.update(channel.statistics)
-        came = "+".join(map(method_name, sorted(set().union(*(channel.methods for channel in channels))))) or "none"
+        came = "+".join(map(method_name, sorted(self._channels.methods))) or "none"
         return Relayed(
             seconds=round(time.monotonic() - self._started, 6),
             bytes_in=self._source.bytes_read + sum(channel.source.bytes_read for channel in channels),

@@ -87,11 +87,15 @@ def seen(error: BaseException) -> Saw:
     return Saw.VIOLATION if isinstance(error, PeerError) else Saw.TROUBLE
 
 
-def told(state: State, error: MultifdError) -> MultifdError:
+def told(state: State, error: MultifdError, shown: str = "") -> MultifdError:
     """The error as a user hears it, of a migration that ended with it.
 
-    The wire cannot tell more of an early end, wherever it is cut.
+    The wire cannot tell more of an early end, wherever it is cut.  Nor does QEMU say there why it refuses: `shown` is
+    what it has been shown.
     """
-    if state is not State.ENDED_EARLY:
-        return error
-    return PeerError("the source ended early: cancelled, or gone")
+    if state is State.ENDED_EARLY:
+        return PeerError("the source ended early: cancelled, or gone")
+    if state is State.REFUSED and isinstance(error, Lost):
+        fit = f"; it has to have {shown} (multifd doctor compares)" if shown else ""
+        return PeerError(f"{error}: its own message says why{fit}")
+    return error
