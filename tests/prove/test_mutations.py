@@ -28,7 +28,7 @@ import peers
 import prove
 import streams
 from multifd.errors import MultifdError
-from multifd.jobs.relay.migration import Relayed
+from multifd.jobs.relay.outcome import Relayed
 from mutations import KINDS, Memory, Mutant
 from relaying import Relaying, closing
 
@@ -194,7 +194,7 @@ CHECKS: dict[str, list[tuple[str, str, str]]] = {
         (
             RECEIVE,
             "self._parser.end(description_required=self._description_required)",
-            "if not self._parser.in_device_state: self._parser.end()",
+            "if not self._parser._in_device_state: self._parser.end()",
         )
     ],
 }

@@ -33,20 +33,20 @@ def dial(uri: str) -> socket.socket:
 
 
 def play(
-    uri: str, streams: Sequence[bytes], piece: int, order: Sequence[int] | None = None, *, dies: bool = False
+    uri: str, sent: Sequence[bytes], piece: int, order: Sequence[int] | None = None, *, dies: bool = False
 ) -> bytes:
     """Be a source: one connection per stream, in this order, in pieces; what main was answered.
 
     One that `dies` ends its side of all connections, where another waits for the answer.
     """
-    order = range(len(streams)) if order is None else order
+    order = range(len(sent)) if order is None else order
     socks = {}
     for number in order:
         socks[number] = dial(uri)
-        socks[number].sendall(streams[number][: min(piece, 4)])
+        socks[number].sendall(sent[number][: min(piece, 4)])
 
     def write(number: int) -> None:
-        data = memoryview(streams[number])
+        data = memoryview(sent[number])
         with suppress(ConnectionError):
             for at in range(min(piece, 4), len(data), piece):
                 socks[number].sendall(data[at : at + piece])
@@ -62,7 +62,8 @@ def play(
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_WR)
     with suppress(ConnectionError):
-        while data := socks[0].recv(4096):
+        # As QEMU's, it closes when it has its answer.
+        while answer[-8:-4] != streams.SHUT_DONE[:4] and (data := socks[0].recv(4096)):
             answer += data
     for sock in socks.values():
         sock.close()

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import peers
 from multifd import Relay
 from multifd.errors import MultifdError
-from multifd.jobs.relay.migration import Relayed
+from multifd.jobs.relay.outcome import Relayed
 
 
 class Relaying:

@@ -48,7 +48,7 @@ OLD = {
     "multifd.snapshot.open_source": "multifd.open_snapshot",
     "multifd.snapshot.SnapshotWriter": "multifd.snapshot.writer.SnapshotWriter",
     "multifd.relay.Relay": "multifd.Relay",
-    "multifd.relay.Relayed": "multifd.jobs.relay.migration.Relayed",
+    "multifd.relay.Relayed": "multifd.jobs.relay.outcome.Relayed",
     "multifd.qmp.Monitor": "multifd.qemu.monitor.Monitor",
     "multifd.observers.Times": "multifd.observe.hooks.Times",
     "multifd.doctor.compare": "multifd.jobs.doctor.compare",

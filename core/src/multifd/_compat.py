@@ -60,7 +60,7 @@ MOVED: dict[str, tuple[str, ...]] = {
         "multifd.effort.choice",
     ),
     "multifd.qmp": ("multifd.qemu.monitor", "multifd.qemu.settings", "multifd.qemu.driver"),
-    "multifd.relay": ("multifd.jobs.relay.server", "multifd.jobs.relay.migration", "multifd.jobs.relay.counters"),
+    "multifd.relay": ("multifd.jobs.relay.server", "multifd.jobs.relay.outcome", "multifd.jobs.relay.counters"),
     "multifd.snapshot": (
         "open_source=multifd.snapshot.reader:open_snapshot",
         "Source=multifd.snapshot.reader:Snapshot",

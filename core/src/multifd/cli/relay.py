@@ -57,7 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> Run:
 
 def run(arguments: argparse.Namespace) -> int:
     """Do it."""
-    from multifd.jobs.relay.migration import Relayed
+    from multifd.jobs.relay.outcome import Relayed
     from multifd.jobs.relay.server import Relay
     from multifd.net.deadline import DEFAULT_TIMEOUT
 

@@ -25,7 +25,8 @@ COMMAND_SIZE = 1 + COMMAND_HEAD.size
 class MainChannel:
     """What passed on it so far; one thread passes on, another passes back, and all of it is guarded by `changed`.
 
-    `return_path` says that the destination is to answer; `sync_points` are those that the source has sent.
+    `return_path` says that the destination is to answer; `sync_points` are those that the source has sent; `ended` that
+    it has ended its stream without VM description, where it may.
     """
 
     def __init__(self, changed: threading.Condition, observers: Observers, *, drop_switchover_start: bool) -> None:
@@ -33,6 +34,7 @@ class MainChannel:
         self.return_path = False
         self.blocks_known = False
         self.sync_points = 0
+        self.ended = False
         self._changed = changed
         self._observers = observers
         self._drop_switchover_start = drop_switchover_start
@@ -85,6 +87,9 @@ class MainChannel:
         if not complete:
             self._end()
             on_complete()
+            with self._changed:
+                self.ended = True
+                self._changed.notify_all()
 
     def _end(self) -> None:
         """The source has ended without VM description.  Raises Ended unless it may.

@@ -8,7 +8,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from uuid import UUID
 
@@ -19,6 +18,7 @@ from multifd.jobs.relay.channel import Channel
 from multifd.jobs.relay.channels import Channels, Foreign
 from multifd.jobs.relay.counters import Sample
 from multifd.jobs.relay.mainchannel import MainChannel
+from multifd.jobs.relay.outcome import Relayed
 from multifd.jobs.relay.passing import Passing
 from multifd.jobs.relay.plan import Plan
 from multifd.jobs.relay.recoding import Recoding
@@ -38,33 +38,11 @@ from multifd.wire.packet import InitPacket
 MAIN_WAIT = 10.0
 #: Seconds that a source may take to close what it has ended, or has its answer to.
 LETTING_GO = 1.0
-#: Seconds that a destination which has closed one connection may take to say why on its main channel, and those in
-#: which its kernel has to take what it was sent.
+#: Seconds for a destination that closed a connection to say why, and for its kernel to take what it was sent.
 LAST_WORD = 1.0
 #: What the machine may be short of (descriptors, memory, threads): it ends a migration, and the relay goes on.
 SHORTAGES = (OSError, MemoryError, RuntimeError)
 GONE = "the destination closed the connection"
-
-
-@dataclass(frozen=True, slots=True)
-class Relayed:
-    """What one migration through the relay came to.
-
-    Bytes are those of all connections, from source to destination.  `confirmed` says that the destination answered
-    that it has everything; where it is False, return-path is off on the source: nobody asked.
-    """
-
-    seconds: float
-    bytes_in: int
-    bytes_out: int
-    packets: int
-    normal_pages: int
-    zero_pages: int
-    channels: int
-    source: str
-    destination: str
-    confirmed: bool
-    statistics: dict[str, int]
 
 
 class Migration:
@@ -170,9 +148,7 @@ class Migration:
             with self._changed:  # what it says on its main channel is the cause
                 self._changed.wait_for(lambda: self._answered or self._over, LAST_WORD)
         if isinstance(error, SHORTAGES):
-            short = HostError(describe(error))
-            short.__cause__ = error
-            error = short
+            error, error.__cause__ = HostError(describe(error)), error
         self._saw(seen(error), error)
 
     def _saw(self, saw: Saw, error: BaseException | None = None) -> None:
@@ -319,7 +295,12 @@ class Migration:
                 self._answered = True
                 self._changed.notify_all()
         left = ""
-        if self._state is State.PASSED_ON and not self._main.return_path:
+        if self._state is State.SWITCHED_OVER and not self._main.return_path:
+            with self._changed:  # without VM description it may be done before the source's end is seen
+                self._changed.wait_for(lambda: self._main.ended or self._over, LAST_WORD)
+        if self._main.ended:
+            self._saw(Saw.SOURCE_ENDED, Ended("main channel: it ended without VM description"))
+        elif self._state is State.PASSED_ON and not self._main.return_path:
             if self._all_taken():
                 self._saw(Saw.DESTINATION_DONE)
             left = " before it had taken all that it was sent"
@@ -346,7 +327,9 @@ class Migration:
 
     def _told(self) -> BaseException:
         error = self._error or PeerError("the relay was stopped")
-        return told(self._state, error, self._shown()) if isinstance(error, MultifdError) else error
+        if isinstance(error, MultifdError):
+            return told(self._state, error, self._shown(), passed_on=self._main.ended)
+        return error
 
     def _shown(self) -> str:
         """What the destination has to fit to."""

@@ -24,7 +24,8 @@ from multifd.codec.settings import RESERVED
 from multifd.effort.choice import Choice
 from multifd.errors import MultifdError, UsageError
 from multifd.jobs.relay.counters import Sample, added
-from multifd.jobs.relay.migration import Migration, Relayed
+from multifd.jobs.relay.migration import Migration
+from multifd.jobs.relay.outcome import Relayed
 from multifd.jobs.relay.plan import Plan
 from multifd.net.deadline import DEFAULT_TIMEOUT, Silence
 from multifd.net.listener import Listener

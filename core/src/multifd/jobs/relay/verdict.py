@@ -87,14 +87,15 @@ def seen(error: BaseException) -> Saw:
     return Saw.VIOLATION if isinstance(error, PeerError) else Saw.TROUBLE
 
 
-def told(state: State, error: MultifdError, shown: str = "") -> MultifdError:
+def told(state: State, error: MultifdError, shown: str = "", *, passed_on: bool = False) -> MultifdError:
     """The error as a user hears it, of a migration that ended with it.
 
-    The wire cannot tell more of an early end, wherever it is cut.  Nor does QEMU say there why it refuses: `shown` is
-    what it has been shown.
+    The wire cannot tell more of an early end, wherever it is cut; where all that came has been `passed_on`, it may have
+    been none.  Nor does QEMU say there why it refuses: `shown` is what it has been shown.
     """
     if state is State.ENDED_EARLY:
-        return PeerError("the source ended early: cancelled, or gone")
+        hint = "; or it runs with suppress-vmdesc=on: with return-path off only the destination can tell"
+        return PeerError("the source ended early: cancelled, or gone" + (hint if passed_on else ""))
     if state is State.REFUSED and isinstance(error, Lost):
         fit = f"; it has to have {shown} (multifd doctor compares)" if shown else ""
         return PeerError(f"{error}: its own message says why{fit}")
