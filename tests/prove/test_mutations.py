@@ -181,15 +181,15 @@ def caught(site: Path, work: Path) -> str:
 
 
 #: Each with what is taken out of it, and what is there instead.
-NUMBERS, RECEIVER, RECEIVE = "wire/numbers.py", "engine/receiver.py", "jobs/destination/receive.py"
-AT_THE_END = "if channel.syncs != self._passed or channel.numbers.since_sync:"
+NUMBERS, RECEIVE = "wire/numbers.py", "jobs/destination/receive.py"
+AT_THE_END = "if syncs != points or self.since_sync:"
 CHECKS: dict[str, list[tuple[str, str, str]]] = {
     "a channel's numbers rise": [(NUMBERS, "if number <= self._last and not this.odd:", "if False:")],
     "an empty packet is owed": [(NUMBERS, " and self._owed and number == self._last:", ":")],
     "no packet comes twice, or after its round": [(NUMBERS, "if number < expected:", "if False:")],
     "every packet comes": [(NUMBERS, "if not wrong:", "if True:")],
-    "no SYNC is too many": [(RECEIVER, AT_THE_END, "if channel.numbers.since_sync:")],
-    "no packet follows the last SYNC": [(RECEIVER, AT_THE_END, "if channel.syncs != self._passed:")],
+    "no SYNC is too many": [(NUMBERS, AT_THE_END, "if self.since_sync:")],
+    "no packet follows the last SYNC": [(NUMBERS, AT_THE_END, "if syncs != points:")],
     "the main channel comes to its end": [
         (
             RECEIVE,

@@ -18,11 +18,11 @@ from typing import Protocol
 from multifd.codec.readers import Readers
 from multifd.engine.decoder import Decoder
 from multifd.engine.headers import read_packet
-from multifd.errors import MultifdError, PeerError, counted
+from multifd.errors import MultifdError, PeerError
 from multifd.memory.buffer import packet_buffer
 from multifd.memory.runs import runs
 from multifd.net.connection import Connection, Ended
-from multifd.net.deadline import Silence
+from multifd.net.deadline import LETTING_GO, Silence
 from multifd.net.wake import Wake
 from multifd.observe.hooks import IN
 from multifd.observe.observers import Observers
@@ -32,9 +32,6 @@ from multifd.wire.counts import Counts
 from multifd.wire.numbers import ChannelNumbers, Numbers, Round
 from multifd.wire.packet import InitPacket, RamPacket, header_length
 
-#: Seconds that a source may take to close its channels once it has its answer, and that those of one which has gone may
-#: still be on their way.
-LETTING_GO = 1.0
 #: Bytes read at once of what comes afterwards.
 AFTERWARDS = 4096
 
@@ -188,12 +185,7 @@ class RecvChannels:
             )
             self._raise_failure()
             for channel in self._channels.values():
-                if channel.syncs != self._passed or channel.numbers.since_sync:
-                    raise PeerError(
-                        f"channel {channel.id}: {channel.syncs} SYNCs and "
-                        f"{counted(channel.numbers.since_sync, 'packet')} after the last, but the main channel ended "
-                        f"after {self._passed} sync points"
-                    )
+                channel.numbers.check_end(channel.id, channel.syncs, self._passed)
             self._over = True
 
     def let_go(self) -> None:

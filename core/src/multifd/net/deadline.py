@@ -56,3 +56,6 @@ DEFAULT_TIMEOUT = 30.0
 FOREVER = 1e9
 #: Less than the command line's WAKE_SECONDS.
 MOST_BLIND = 0.2
+#: Seconds that a source may take to close its connections once it has its answer or has ended, and that those of one
+#: which has gone may still be on their way.
+LETTING_GO = 1.0

@@ -60,6 +60,17 @@ class ChannelNumbers:
         """Whether the channel may end with `cut`, of the header of a packet: of an empty one that belongs there."""
         return self._owed > 0 and may_be_empty(cut)
 
+    def check_end(self, channel: int, syncs: int, points: int) -> None:
+        """The main channel has ended after so many sync points, the channel after so many SYNCs.
+
+        Raises PeerError where it has another number of them, or packets behind the last.
+        """
+        if syncs != points or self.since_sync:
+            raise PeerError(
+                f"channel {channel}: {syncs} SYNCs and {counted(self.since_sync, 'packet')} after the last, but the "
+                f"main channel ended after {points} sync points"
+            )
+
     def add(self, packet: RamPacket) -> Round | None:
         """One more packet; the round that it ended, where it is a SYNC."""
         this, number = self._round, packet.packet_num

@@ -9,6 +9,7 @@ from __future__ import annotations
 from enum import Enum
 
 from multifd.errors import MultifdError, PeerError
+from multifd.jobs.verdict import ENDED_EARLY, following
 from multifd.net.connection import Ended, Stalled
 
 
@@ -60,18 +61,16 @@ ENDS = {
     Saw.SILENCE: State.LOST,
     Saw.TROUBLE: State.FAILED,
 }
+# The snapshot is there, and the source may have gone on: nothing makes that a failure.
+PROGRESS |= {(State.SAVED, saw): State.SAVED for saw in ENDS}
 FINAL = {State.CONFIRMED, State.UNCONFIRMED, *ENDS.values()}
-#: From here on it succeeds whatever happens: the snapshot is there, and the source may have gone on.
+#: From the first of these on it succeeds whatever happens.
 SUCCESSES = {State.SAVED, State.CONFIRMED, State.UNCONFIRMED}
 
 
 def after(state: State, saw: Saw) -> State:
     """Where a migration is next."""
-    if state in FINAL:
-        return state
-    if saw in ENDS:
-        return state if state is State.SAVED else ENDS[saw]
-    return PROGRESS.get((state, saw), state)
+    return following(state, saw, PROGRESS, ENDS, FINAL)
 
 
 def seen(error: BaseException) -> Saw:
@@ -86,8 +85,8 @@ def seen(error: BaseException) -> Saw:
 def told(state: State, error: MultifdError, hint: str = "") -> MultifdError:
     """The error as a user hears it, of a migration that ended with it.
 
-    The wire cannot tell more of an early end, wherever it is cut; `hint` is what else it may have been.
+    `hint` is what else an early end may have been.
     """
     if state is not State.ENDED_EARLY:
         return error
-    return PeerError("the source ended early: cancelled, or gone" + (f"; {hint}" if hint else ""))
+    return PeerError(ENDED_EARLY + (f"; {hint}" if hint else ""))

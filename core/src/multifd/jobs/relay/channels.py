@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
-from multifd.errors import PeerError, counted
+from multifd.errors import PeerError
 from multifd.jobs.relay.channel import Channel
 from multifd.net.connection import Ended
 from multifd.net.deadline import Silence
@@ -117,12 +117,7 @@ class Channels:
         main_complete()  # not before all have come: one that has not begun would be over
         self._await(lambda channel: channel.over, over)
         for channel in self.running.values():
-            if channel.syncs != points or channel.numbers.since_sync:
-                raise PeerError(
-                    f"channel {channel.id}: {channel.syncs} SYNCs and "
-                    f"{counted(channel.numbers.since_sync, 'packet')} after the last, but the main channel ended "
-                    f"after {points} sync points"
-                )
+            channel.numbers.check_end(channel.id, channel.syncs, points)
 
     def _one_more_than(self, known: int) -> bool:
         return self._changed.wait_for(lambda: len(self.ids) > known, LATE_CHANNEL)

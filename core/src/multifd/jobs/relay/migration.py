@@ -23,9 +23,10 @@ from multifd.jobs.relay.passing import Passing
 from multifd.jobs.relay.plan import Plan
 from multifd.jobs.relay.recoding import Recoding
 from multifd.jobs.relay.verdict import FINAL, SUCCESSES, Saw, State, after, seen, told
+from multifd.jobs.verdict import LAST_WORD
 from multifd.net.connect import connect
 from multifd.net.connection import Ended, Lost
-from multifd.net.deadline import Silence
+from multifd.net.deadline import LETTING_GO, Silence
 from multifd.net.socket import SocketConnection, await_closing
 from multifd.net.wake import Wake
 from multifd.observe.hooks import IN, OUT
@@ -36,10 +37,6 @@ from multifd.wire.packet import InitPacket
 
 #: Seconds that a multifd channel waits for its main channel, which QEMU connects first.
 MAIN_WAIT = 10.0
-#: Seconds that a source may take to close what it has ended, or has its answer to.
-LETTING_GO = 1.0
-#: Seconds for a destination that closed a connection to say why, and for its kernel to take what it was sent.
-LAST_WORD = 1.0
 #: What the machine may be short of (descriptors, memory, threads): it ends a migration, and the relay goes on.
 SHORTAGES = (OSError, MemoryError, RuntimeError)
 GONE = "the destination closed the connection"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from enum import Enum
 
 from multifd.errors import MultifdError, PeerError
+from multifd.jobs.verdict import ENDED_EARLY, following
 from multifd.net.connection import Ended, Lost, Stalled
 
 
@@ -71,9 +72,7 @@ FINAL = SUCCESSES | set(ENDS.values())
 
 def after(state: State, saw: Saw) -> State:
     """Where a migration is next."""
-    if state in FINAL:
-        return state
-    return PROGRESS.get((state, saw)) or ENDS.get(saw, state)
+    return following(state, saw, PROGRESS, ENDS, FINAL)
 
 
 def seen(error: BaseException) -> Saw:
@@ -90,12 +89,12 @@ def seen(error: BaseException) -> Saw:
 def told(state: State, error: MultifdError, shown: str = "", *, passed_on: bool = False) -> MultifdError:
     """The error as a user hears it, of a migration that ended with it.
 
-    The wire cannot tell more of an early end, wherever it is cut; where all that came has been `passed_on`, it may have
-    been none.  Nor does QEMU say there why it refuses: `shown` is what it has been shown.
+    Where all that came has been `passed_on`, an early end may have been none.  QEMU does not say on the wire why it
+    refuses: `shown` is what it has been shown.
     """
     if state is State.ENDED_EARLY:
         hint = "; or it runs with suppress-vmdesc=on: with return-path off only the destination can tell"
-        return PeerError("the source ended early: cancelled, or gone" + (hint if passed_on else ""))
+        return PeerError(ENDED_EARLY + (hint if passed_on else ""))
     if state is State.REFUSED and isinstance(error, Lost):
         fit = f"; it has to have {shown} (multifd doctor compares)" if shown else ""
         return PeerError(f"{error}: its own message says why{fit}")

@@ -15,6 +15,7 @@ from multifd.engine.sender import ZERO_PAGES, Batch, SendChannels
 from multifd.errors import CallerError, HostError, MultifdError, PeerError, UsageError, counted, os_errors
 from multifd.jobs.report import DEFAULT_CHANNELS, OnProgress, Progress, Result, check_channels, every
 from multifd.jobs.source.verdict import SUCCESSES, Saw, State, after, answered, seen, told
+from multifd.jobs.verdict import LAST_WORD
 from multifd.memory.buffer import packet_buffer
 from multifd.memory.zeropages import part
 from multifd.net.connect import connect
@@ -32,9 +33,6 @@ from multifd.wire.flags import PACKET_SIZE
 from multifd.wire.packet import InitPacket
 from multifd.wire.returnpath import RETURN_MESSAGE, ReturnPathParser
 from multifd.wire.writer import Writer
-
-#: Seconds that a destination which has closed one connection may take to say why on its main channel.
-LAST_WORD = 1.0
 
 
 def send(

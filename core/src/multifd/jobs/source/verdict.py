@@ -9,6 +9,7 @@ from __future__ import annotations
 from enum import Enum
 
 from multifd.errors import MultifdError, PeerError
+from multifd.jobs.verdict import following
 from multifd.net.connection import Ended, Lost, Stalled
 
 
@@ -58,9 +59,7 @@ FINAL = SUCCESSES | set(ENDS.values())
 
 def after(state: State, saw: Saw) -> State:
     """Where a migration is next."""
-    if state in FINAL:
-        return state
-    return PROGRESS.get((state, saw)) or ENDS.get(saw, state)
+    return following(state, saw, PROGRESS, ENDS, FINAL)
 
 
 def seen(error: BaseException) -> Saw:
