@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 
 import peers
+from multifd.crew import Crew
 from multifd.errors import CallerError, HostError
 from multifd.net.connect import connect
 from multifd.net.deadline import Silence
-from multifd.net.listener import ACCEPT_AGAIN, Listener
-from multifd.net.socket import SocketConnection
+from multifd.net.door import AGAIN, Door
+from multifd.net.listener import Listener
 from multifd.net.uri import Uri
 
 
@@ -47,34 +48,29 @@ def test_a_writer_hears_of_a_reset_at_once() -> None:
     listener.close()
 
 
-@pytest.mark.parametrize("then", ["room", "interrupt"])
-def test_a_listener_without_descriptors_waits_for_one(work: Path, then: str) -> None:
+def test_a_door_without_descriptors_waits_for_one(work: Path) -> None:
+    crew = Crew()
     listener = Listener(Uri.parse(f"unix:{work}/here"))
-    taken: list[SocketConnection | None] = []
-    thread = threading.Thread(target=lambda: taken.append(listener.accept(Silence(peers.TIMEOUT))))
+    door = Door(listener, peers.TIMEOUT, crew)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     with peers.dial(str(listener.uri)) as sock:
         first_free = os.dup(sock.fileno())
         os.close(first_free)
         resource.setrlimit(resource.RLIMIT_NOFILE, (first_free, limits[1]))
         try:
-            with pytest.warns(RuntimeWarning, match="here cannot .* Too many open files: raise `ulimit -n`") as warned:
-                thread.start()
+            with pytest.warns(
+                RuntimeWarning, match="here cannot .* no descriptor is left: raise `ulimit -n`"
+            ) as warned:
+                crew.spawn("door", door.run)
                 assert peers.eventually(lambda: len(warned) > 0)
-                thread.join(3 * ACCEPT_AGAIN)
+                time.sleep(3 * AGAIN)
             assert len(warned) == 1, "once, however often it tries"
-            assert taken == []
-            if then == "interrupt":
-                listener.interrupt()
-                thread.join(peers.TIMEOUT)
+            assert door.came == 0
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        thread.join(peers.TIMEOUT)
-        (connection,) = taken
-        assert (connection is None) == (then == "interrupt")
-        if connection is not None:
-            connection.close()
-    listener.close()
+        assert peers.eventually(lambda: door.came == 1)
+        door.close()
+        crew.join()
 
 
 def test_a_path_that_is_too_long_is_said_to_be() -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from multifd import errors, formats, hookspecs
     from multifd.codec.probing import compressors
+    from multifd.crew import Crew
     from multifd.jobs.destination.receive import receive
     from multifd.jobs.inspect import inspect
     from multifd.jobs.relay.server import Relay
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from multifd.snapshot.reader import open_snapshot
 
 __all__ = [
+    "Crew",
     "Relay",
     "compressors",
     "errors",

@@ -23,6 +23,7 @@ else:
 
 #: Names of the package itself -> where each is.
 PROMISED = {
+    "Crew": "multifd.crew",
     "Relay": "multifd.jobs.relay.server",
     "compressors": "multifd.codec.probing",
     "inspect": "multifd.jobs.inspect",

@@ -24,6 +24,10 @@ class CallerError(MultifdError):
     """The caller's mistake: an image of an odd size, a directory that exists already."""
 
 
+class Cancelled(MultifdError):
+    """Whoever ran the job has ended it: `Crew.cancel`, or a signal to the command line."""
+
+
 class UsageError(CallerError):
     """A wrong option or argument; the command line exits with 2."""
 
@@ -40,11 +44,16 @@ class HostError(MultifdError):
     """The machine: a missing library, a full disk, a lost connection."""
 
 
+NO_MEMORY = "there is not enough memory"
 #: What to do about an error of the system, where there is more to say than its own words.
 _ADVICE = {
     errno.ENOSPC: "the disk is full: free some space or choose another directory",
     errno.EDQUOT: "the disk is full: free some space or choose another directory",
     errno.EFBIG: "it is larger than this file system's largest file",
+    errno.EMFILE: "no descriptor is left: raise `ulimit -n` (systemd: LimitNOFILE)",
+    errno.ENFILE: "no descriptor is left on this machine: raise the sysctl fs.file-max",
+    errno.ENOMEM: NO_MEMORY,
+    errno.ENOBUFS: NO_MEMORY,
 }
 
 
@@ -56,6 +65,18 @@ def reason(error: OSError) -> str:
 def system_error(number: int) -> OSError:
     """The system's error of this number (errno)."""
     return OSError(number, os.strerror(number))
+
+
+def shortage(error: BaseException) -> BaseException:
+    """An error that nobody expected here as one of ours, where it says what the machine is short of."""
+    if isinstance(error, MemoryError):
+        found: MultifdError = HostError(NO_MEMORY)
+    elif isinstance(error, OSError):
+        found = HostError(reason(error))
+    else:
+        return error
+    found.__cause__ = error
+    return found
 
 
 class os_errors:  # noqa: N801 - read as a verb: `with os_errors(path):`

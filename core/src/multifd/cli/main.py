@@ -11,40 +11,54 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import NoReturn
+from collections.abc import Sequence
 
 from multifd import __version__
 from multifd.cli import commands
 from multifd.cli.options import choose_plugins
 from multifd.cli.output import say, show_warning
+from multifd.cli.signals import Stopped, leave_stuck, run_beside
+from multifd.crew import Crew
 from multifd.errors import MultifdError, UsageError
-
-WAKE_SECONDS = 0.25
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one command; returns the exit code: 0, 1 for an error, 2 for usage, 130 for Ctrl-C."""
+    """Run one command; returns the exit code: 0, 1 for an error, 2 for usage, 128 + its number for a signal."""
     warnings.showwarning = show_warning
     warnings.simplefilter("always", RuntimeWarning)
+    crew = Crew()
+    code = _run(argv, crew)
+    if names := crew.stuck():
+        leave_stuck(code, names)
+    return code
+
+
+def _run(argv: Sequence[str], crew: Crew) -> int:
     debug = "--debug" in argv
     try:
         arguments = _parser(argv).parse_args(argv)
         debug = arguments.debug
+        arguments.crew = crew
         gc.freeze()  # what was imported lives to the end: do not look through it again and again
-        with _signals():
+
+        def run() -> int:
             choose_plugins(arguments)
             code: int = arguments._run(arguments)
-        sys.stdout.flush()
-        return code
+            sys.stdout.flush()
+            return code
+
+        return run_beside(run, crew)
     except BrokenPipeError:
         # Whoever read our output has gone; do not complain about it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         say("interrupted")
-        return 130
+        return 128 + signal.SIGINT
+    except Stopped as stopped:
+        if stopped.code == 128 + signal.SIGINT:
+            say("interrupted")
+        return stopped.code
     except MultifdError as error:
         if debug:
             import traceback
@@ -72,22 +86,3 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         if command.name == wanted:
             its.set_defaults(_run=command.configure(its))
     return parser
-
-
-@contextmanager
-def _signals() -> Iterator[None]:
-    """Ctrl-C, SIGTERM and SIGHUP end the command through its cleaning up."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _stop)
-    # A signal that comes just before a lock or a read blocks is seen only when that returns.
-    signal.signal(signal.SIGALRM, lambda *_: None)
-    signal.setitimer(signal.ITIMER_REAL, WAKE_SECONDS, WAKE_SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)  # at exit Python gives SIGALRM back its deadly default
-
-
-def _stop(number: int, _: object) -> NoReturn:
-    signal.signal(number, signal.SIG_DFL)  # who asks twice does not want to wait for cleaning up
-    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)

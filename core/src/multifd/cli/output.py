@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,8 @@ def print_table(table: Sequence[Sequence[str]], *, numbers: bool = False) -> Non
 
 def rewrite(text: str) -> None:
     """One line on the terminal instead of what stood there."""
-    print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+    with suppress(OSError):  # who does not look on has gone
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def size_text(count: float) -> str:

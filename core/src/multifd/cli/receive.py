@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 
 from multifd.cli.commands import Run
-from multifd.cli.options import LISTENING_CREDS, URI_HELP, observe_option, plugin_options, seconds, size, timeout_option
+from multifd.cli.options import (
+    LISTENING_CREDS,
+    URI_HELP,
+    observe_option,
+    plugin_options,
+    seconds,
+    size,
+    timeout_option,
+    uuid,
+)
 from multifd.cli.output import ProgressLine, report, say
 
 
@@ -33,6 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> Run:
         "--idle-timeout", type=seconds, metavar="SECONDS", help="give up when nothing comes for so long (never)"
     )
     parser.add_argument("--tls-creds", metavar="DIR", help=f"expect TLS: {LISTENING_CREDS}")
+    parser.add_argument("--uuid", type=uuid, metavar="UUID", help="take this VM's migration, and ignore any other")
     parser.add_argument("--qmp", metavar="SOCKET", help="the source QEMU's monitor: set it up, start it, watch it")
     parser.add_argument(
         "--then", choices=("stop", "resume", "quit"), default="stop", help="with --qmp: the guest afterwards (stop)"
@@ -59,11 +69,13 @@ def run(arguments: argparse.Namespace) -> int:
             first_timeout=arguments.timeout,
             idle_timeout=arguments.idle_timeout,
             tls_creds=arguments.tls_creds,
+            uuid=arguments.uuid,
             qmp=arguments.qmp,
             then=arguments.then,
             observe=arguments.observe,
             on_listening=lambda uri: say(f"listening on {uri}"),
             on_progress=line.show,
+            crew=arguments.crew,
         )
     report(arguments, "received", result, {"snapshot": arguments.output})
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict
 
 from multifd.cli.commands import Run
@@ -95,6 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
             connect_tls_hostname=arguments.connect_tls_hostname,
             observe=arguments.observe,
             timeout=arguments.timeout or DEFAULT_TIMEOUT,
+            crew=arguments.crew,
         ) as relay,
         ExitStack() as stack,
     ):
@@ -103,6 +104,5 @@ def run(arguments: argparse.Namespace) -> int:
 
             say(f"metrics on {stack.enter_context(serving(arguments.metrics, relay.counters))}")
         say(f"listening on {relay.uri}")
-        stack.enter_context(suppress(KeyboardInterrupt, SystemExit))  # it serves until it is told to stop
         relay.serve(show, migrations=arguments.migrations)
     return int(failed and arguments.migrations is not None)

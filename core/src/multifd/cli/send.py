@@ -86,6 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
             qmp=arguments.qmp,
             observe=arguments.observe,
             on_progress=line.show,
+            crew=arguments.crew,
         )
     report(arguments, "sent", result, {})
     return 0

@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
-import time
-
 from multifd.errors import PeerError
-from multifd.net.connection import Connection, Ended, Readable
+from multifd.net.connection import Ended, Readable
+from multifd.net.door import foreign
 from multifd.net.recording import RecordedConnection
 from multifd.wire.flags import MULTIFD_MAGIC, VM_FILE_MAGIC
 from multifd.wire.packet import INIT, MAGIC, PREFIX, InitPacket, RamPacket, is_device_state
 
 
-def identify(connection: Connection, timeout: float) -> InitPacket | None:
-    """What a new connection is, by its first bytes: a multifd channel, or None for a main channel.
+def identify(connection: RecordedConnection) -> InitPacket | None:
+    """What a recorded connection is, by its first bytes: a multifd channel, or None for a main channel.
 
-    Raises Ended where it closed without a byte, PeerError where it is neither, or says nothing
-    for `timeout` seconds.
+    Raises PeerError where it is neither.
     """
-    deadline = time.monotonic() + timeout
     first = bytearray(INIT.size)
     view = memoryview(first)
-    got = connection.read_first(view[: MAGIC.size], deadline)
-    if got < MAGIC.size:
-        if not got and not isinstance(connection, RecordedConnection):
-            raise Ended(f"{connection.name} closed without a byte")
-        raise PeerError(f"{connection.name} ended after {got} bytes: is it a migration?")
-    (magic,) = MAGIC.unpack(view[: MAGIC.size])
-    if magic == VM_FILE_MAGIC:
-        return None
-    if magic != MULTIFD_MAGIC:
-        tls = ": it speaks TLS, this side does not" if first[:2] == b"\x16\x03" else ""
-        raise PeerError(
-            f"{connection.name} begins with {magic:#010x}, neither a migration ({VM_FILE_MAGIC:#010x}) nor a "
-            f"multifd channel ({MULTIFD_MAGIC:#010x}){tls}"
-        )
-    got += connection.read_first(view[MAGIC.size :], deadline)
-    if got < INIT.size:
-        raise PeerError(f"{connection.name} ended after {got} of the {INIT.size} bytes of its init packet")
+    got = 0
+    try:
+        got += connection.read_into(view[: MAGIC.size])
+        (magic,) = MAGIC.unpack(view[: MAGIC.size])
+        if magic == VM_FILE_MAGIC:
+            return None
+        if magic != MULTIFD_MAGIC:
+            raise PeerError(f"{connection.name} {foreign(view)}")
+        connection.read_into(view[got:])
+    except Ended as ended:
+        raise PeerError(f"{connection.name} ended after {got + ended.got} bytes: is it a migration?") from None
     return InitPacket.unpack(first)
 
 

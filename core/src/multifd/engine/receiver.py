@@ -7,18 +7,19 @@ the memory.  Everything of a packet is checked before a byte of memory is.
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from multifd.codec.readers import Readers
+from multifd.crew import Crew
 from multifd.engine.decoder import Decoder
 from multifd.engine.headers import read_packet
-from multifd.errors import MultifdError, PeerError
+from multifd.errors import Cancelled, MultifdError
 from multifd.memory.buffer import packet_buffer
 from multifd.memory.runs import runs
 from multifd.net.connection import Connection, Ended
@@ -79,222 +80,145 @@ class RecvChannels:
     """All receiving channels of one migration."""
 
     def __init__(
-        self, count: int, readers: Readers, silence: Silence, on_failure: Callable[[], None], observers: Observers
+        self,
+        came: Sequence[tuple[InitPacket, Connection]],
+        memory: Memory,
+        readers: Readers,
+        silence: Silence,
+        crew: Crew,
+        observers: Observers,
     ) -> None:
-        """`on_failure` is called once, from any thread, to wake the main channel's reader."""
-        self._observers = observers
-        self.count = count
-        self.uuid: bytes | None = None
+        """They read once it is begun.  Raises HostError where there is no descriptor left."""
+        self._memory = memory
         self._readers = readers
         self._silence = silence
-        self._on_failure = on_failure
+        self._crew = crew
         #: The main channel is complete: what is not here by now does not come.
         self._main_complete = Wake()
-        self._changed = threading.Condition()
-        # Guarded by the condition:
-        self._channels: dict[int, _RecvChannel] = {}
-        self._memory: Memory | None = None
-        self._numbers: Numbers | None = None
+        self._channels = []
+        for init, connection in came:
+            watch = observers.watch(IN, init, ("wait", "decode"))
+            decoder = Decoder(init.id, watch.tee(connection), readers)
+            self._channels.append(_RecvChannel(init.id, connection, decoder, watch))
+        # Guarded by the crew's lock:
+        self._numbers = Numbers(memory.page_size)
         self._passed = 0
         self._over = False
-        self._failure: BaseException | None = None
+
+    def begin(self) -> None:
+        """Let them read.  Raises Cancelled, HostError where there is no thread for one."""
+        self._crew.on_end(self._main_complete.set)
+        for channel in self._channels:
+            self._crew.spawn(f"channel {channel.id}", partial(self._serve, channel))
 
     @property
     def counts(self) -> Counts:
         """Of all channels so far."""
-        return Counts.total(channel.counts for channel in list(self._channels.values()))
+        return Counts.total(channel.counts for channel in self._channels)
 
     @property
     def statistics(self) -> dict[str, int]:
         """What the compressors counted on all channels."""
         total: Counter[str] = Counter()
-        for channel in list(self._channels.values()):
+        for channel in self._channels:
             total.update(channel.decoder.statistics)
         return dict(total)
 
     @property
     def wire_bytes(self) -> int:
         """Bytes read from all channels so far."""
-        return sum(channel.connection.bytes_read for channel in list(self._channels.values()))
+        return sum(channel.connection.bytes_read for channel in self._channels)
 
     @property
     def sync_points(self) -> int:
         """Sync points that all have passed."""
         return self._passed
 
-    def serve(self, connection: Connection, init: InitPacket) -> None:
-        """Read one channel to its end, in the caller's thread; errors go to `fail`."""
-        channel = self._register(connection, init)
-        try:
-            self._run(channel)
-        except MultifdError as error:
-            self.fail(error.at(f"channel {channel.id}"))
-        finally:
-            channel.decoder.close()
-
-    def start(self, memory: Memory) -> None:
-        """The RAM blocks are known: let the channels read."""
-        with self._changed:
-            self._memory = memory
-            self._numbers = Numbers(memory.page_size)
-            self._changed.notify_all()
-
-    def sync_point(self, between: Callable[[], None], source_is_gone: Callable[[], bool]) -> None:
+    def sync_point(self, between: Callable[[], None]) -> None:
         """The main channel is at its next marker: wait for every channel's SYNC, then go on.
 
-        `between` is called while all of them stand still; channels that have not come do not come where
-        `source_is_gone`.  Raises PeerError where a packet of the round is missing or
-        came twice, where a channel ended before (Ended), is missing, or nothing moves for the timeout; or the first
-        failure.
+        `between` is called while all of them stand still.  Raises PeerError where a packet of the round is missing or
+        came twice, where a channel ended before (Ended), or nothing moves for the timeout (Stalled); Cancelled.
         """
-        with self._changed:
+        with self._crew.changed:
             number = self._passed + 1
             self._silence.awaited = True
             while late := self._late(number):
-                self._raise_failure()
-                if not self._changed.wait(self._silence.interval):
-                    missing = len(self._channels) < self.count
-                    if missing and self._silence.lasted(LETTING_GO) and source_is_gone():
-                        raise Ended(f"{late}, and its main channel has ended")
+                if not self._crew.wait_for(lambda: not self._late(number), self._silence.interval):
                     self._silence.check(late, awaited=True)
-            self._raise_failure()
-            assert self._numbers is not None  # its channels read
-            if odd := self._numbers.sync_point([channel.rounds.popleft() for channel in self._channels.values()]):
+            if odd := self._numbers.sync_point([channel.rounds.popleft() for channel in self._channels]):
                 warnings.warn(odd, RuntimeWarning, stacklevel=2)
             between()
             self._passed = number
             self._silence.awaited = False
-            self._changed.notify_all()
+            self._crew.changed.notify_all()
 
     def finish(self, *, source_waits: bool) -> None:
-        """The main channel is complete.  Raises PeerError where a channel is not.
+        """The main channel is complete.  Raises PeerError where a channel is not, Cancelled.
 
         Each is read to its end first: to where its recording or its source ends it, or, where the source waits for
         our answer, to the end of what has come: nothing belongs there any more, and what a source sends before it ends
         its main channel is in our socket by then, or as good as.
         """
-        with self._changed:
+        with self._crew.changed:
             if not source_waits:
                 self._wait_for_ends()
             self._main_complete.set()
-            self._changed.wait_for(
-                lambda: (
-                    self._over
-                    or all(channel.over or channel.syncs > self._passed for channel in self._channels.values())
-                )
-            )
-            self._raise_failure()
-            for channel in self._channels.values():
+            self._crew.wait_for(lambda: all(channel.over or channel.syncs > self._passed for channel in self._channels))
+            for channel in self._channels:
                 channel.numbers.check_end(channel.id, channel.syncs, self._passed)
             self._over = True
+            self._crew.changed.notify_all()
 
     def let_go(self) -> None:
         """The source has its answer: wait for its end of each channel, for LETTING_GO seconds at most.
 
         QEMU 7.2 may still write an empty packet, and takes a connection that is closed then for a failure.
         """
-        with self._changed:
+        with self._crew.changed, suppress(Cancelled):
             self._wait_for_ends()
 
     def _wait_for_ends(self) -> None:
         """Of all channels, but for one that stands at a SYNC too many.  Locked."""
-        self._changed.wait_for(
-            lambda: (
-                self._failure is not None
-                or all(channel.ended or channel.syncs > self._passed for channel in self._channels.values())
-            ),
-            LETTING_GO,
+        self._crew.wait_for(
+            lambda: all(channel.ended or channel.syncs > self._passed for channel in self._channels), LETTING_GO
         )
-
-    def stop(self) -> None:
-        """Wake all threads and let them end."""
-        with self._changed:
-            self._over = True
-            self._changed.notify_all()
-            channels = list(self._channels.values())
-        for channel in channels:
-            channel.connection.interrupt()
 
     def close(self) -> None:
         """When no thread is left."""
         self._main_complete.close()
 
-    def fail(self, error: BaseException) -> None:
-        """Stop everything; the first error is the one that is raised."""
-        with self._changed:
-            if self._over:
-                return
-            self._failure = error
-        self.stop()
-        self._on_failure()
-
-    def raise_failure(self) -> None:
-        """Raise the first error of any channel."""
-        with self._changed:
-            self._raise_failure()
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-
     def _late(self, number: int) -> str:
-        """Who keeps sync point `number` waiting, in words; empty if nobody.  Locked."""
-        if self._failure is not None:
-            return "failed"
-        for channel in self._channels.values():
-            if channel.syncs < number and channel.ended:
-                raise Ended(f"channel {channel.id}: {channel.ended}, before SYNC {number}")
-        if len(self._channels) < self.count:
-            return (
-                f"{len(self._channels)} of {self.count} multifd channels came: start both sides with the same "
-                "number of channels (and multifd on)"
-            )
-        waiting = [channel.id for channel in self._channels.values() if channel.syncs < number]
-        return f"channel {waiting[0]}: waiting for its SYNC {number}" if waiting else ""
+        """Who keeps sync point `number` waiting, in words; empty if nobody.  Raises Ended.  Locked."""
+        for channel in self._channels:
+            if channel.syncs < number:
+                if channel.ended:
+                    raise Ended(f"channel {channel.id}: {channel.ended}, before SYNC {number}")
+                return f"channel {channel.id}: waiting for its SYNC {number}"
+        return ""
 
-    def _register(self, connection: Connection, init: InitPacket) -> _RecvChannel:
-        with self._changed:
-            if self.uuid is None:
-                self.uuid = init.uuid
-            if init.uuid != self.uuid:
-                raise PeerError(
-                    f"channel {init.id}: VM uuid {init.uuid.hex()}, the other channels have {self.uuid.hex()}: "
-                    "two migrations at once?"
-                )
-            if init.id >= self.count:
-                raise PeerError(
-                    f"channel {init.id}: the sender uses at least {init.id + 1} channels, this side expects "
-                    f"{self.count}: start both with the same --channels"
-                )
-            if init.id in self._channels:
-                raise PeerError(f"channel {init.id}: came twice")
-            watch = self._observers.watch(IN, init, ("wait", "decode"))
-            channel = self._channels[init.id] = _RecvChannel(
-                init.id, connection, Decoder(init.id, watch.tee(connection), self._readers), watch
-            )
-            self._changed.notify_all()
-            return channel
-
-    def _run(self, channel: _RecvChannel) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._memory is not None or self._over)
-            memory = self._memory
-        if memory is None or self._over:
-            return
-        channel.watch.begin(memory.page_size)
-        ended = self._take_packets(channel, memory)
-        self._is_over(channel, ended)
-        if not ended:
-            with suppress(MultifdError):  # what comes now, nobody waits for
-                while channel.connection.read_some(AFTERWARDS):
-                    pass
-            self._is_over(channel, "the connection ended")
+    def _serve(self, channel: _RecvChannel) -> None:
+        """Read one channel to its end."""
+        channel.watch.begin(self._memory.page_size)
+        try:
+            ended = self._take_packets(channel, self._memory)
+            self._is_over(channel, ended)
+            if not ended:
+                with suppress(MultifdError):  # what comes now, nobody waits for
+                    while channel.connection.read_some(AFTERWARDS):
+                        pass
+                self._is_over(channel, "the connection ended")
+        except MultifdError as error:
+            if not self._over:
+                raise error.at(f"channel {channel.id}") from error
+        finally:
+            channel.decoder.close()
 
     def _is_over(self, channel: _RecvChannel, ended: str = "") -> None:
-        with self._changed:
+        with self._crew.changed:
             channel.over = True
             channel.ended = ended
-            self._changed.notify_all()
+            self._crew.changed.notify_all()
 
     def _take_packets(self, channel: _RecvChannel, memory: Memory) -> str:
         """Until the source ends the channel, and how; or, with nothing to say, until the main channel is complete and
@@ -338,9 +262,9 @@ class RecvChannels:
 
     def _wait_at_sync(self, channel: _RecvChannel, ended: Round) -> None:
         """Stop until the sync point is passed, or the migration is over instead."""
-        with self._changed:
+        with self._crew.changed:
             channel.rounds.append(ended)
             channel.syncs += 1
             self._silence.awaited = True
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self._passed >= channel.syncs or self._over)
+            self._crew.changed.notify_all()
+            self._crew.wait_for(lambda: self._passed >= channel.syncs or self._over)

@@ -14,7 +14,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
+from multifd.crew import Crew
 from multifd.effort.choice import Choice
 from multifd.effort.controller import Effort
 from multifd.engine.encoder import Encoder
@@ -70,10 +72,13 @@ class SendChannels:
         choice: Choice,
         page_size: int,
         zero_pages: str,
+        crew: Crew,
     ) -> None:
+        """Raises Cancelled, HostError where there is no thread for one."""
         self._effort = effort = Effort(choice)
         self._page_size = page_size
         self._zero_pages = zero_pages
+        self._crew = crew
         numbers = itertools.count()
         self._channels = [
             _SendChannel(
@@ -83,22 +88,11 @@ class SendChannels:
         ]
         self._next_batch = threading.Lock()
         self._batches: Iterator[Batch] = iter(())  # guarded by _next_batch
-        self._changed = threading.Condition()
-        # Guarded by _changed:
+        # Guarded by the crew's lock:
         self._zeros: list[tuple[str, Sequence[int]]] = []
         self._epoch = 0
-        self._over = False
-        self._failure: BaseException | None = None
-        self._threads: list[threading.Thread] = []
-        try:
-            for channel in self._channels:
-                name = f"multifd-send-{channel.id}"
-                thread = threading.Thread(target=self._run, args=(channel,), name=name, daemon=True)
-                thread.start()
-                self._threads.append(thread)
-        except BaseException:  # nobody else has those that were started
-            self.stop()
-            raise
+        for channel in self._channels:
+            crew.spawn(f"channel {channel.id}", partial(self._run, channel))
 
     @property
     def counts(self) -> Counts:
@@ -119,43 +113,21 @@ class SendChannels:
         """Send all batches and one SYNC per channel; returns when all of it is written.
 
         `on_zeros` is called in this thread, for the main channel, with (idstr, offsets) of zero
-        pages that go there.  Raises the first error of any channel.
+        pages that go there.  Raises Cancelled where the crew is over, and what `on_zeros` raises.
         """
         with self._next_batch:
             self._batches = iter(batches)
-        with self._changed:
+        with self._crew.changed:
             self._epoch += 1
-            self._changed.notify_all()
+            self._crew.changed.notify_all()
         done = False
         while not done:
-            with self._changed:
-                self._changed.wait_for(lambda: self._zeros or self._over or self._all_synced())
-                if self._failure is not None:
-                    raise self._failure
+            with self._crew.changed:
+                self._crew.wait_for(lambda: self._zeros or self._all_synced())
                 done = self._all_synced()
                 zeros, self._zeros = self._zeros, []
             for idstr, offsets in zeros:
                 on_zeros(idstr, offsets)
-
-    def stop(self) -> None:
-        """Wake the threads wherever they are, wait for them to end; the channels are then dead."""
-        with self._changed:
-            self._over = True
-            self._changed.notify_all()
-        for channel in self._channels:
-            channel.connection.interrupt()
-        for thread in self._threads:
-            thread.join()
-
-    def _fail(self, error: BaseException) -> None:
-        """The first error is the one that `epoch` raises."""
-        with self._changed:
-            if not self._over:
-                self._failure = error
-                self._over = True
-                self._changed.notify_all()
-        for channel in self._channels:
-            channel.connection.interrupt()
 
     def _all_synced(self) -> bool:
         return all(channel.synced == self._epoch for channel in self._channels)
@@ -172,28 +144,28 @@ class SendChannels:
                         writer.encoder.idle(time.perf_counter() - started)
                 self._send_sync(channel)
         except MultifdError as error:
-            self._fail(error.at(f"channel {channel.id}"))
-        except BaseException as error:  # noqa: BLE001 - epoch() raises it in its thread
-            self._fail(error)
+            raise error.at(f"channel {channel.id}") from error
         finally:
             writer.close()
 
     def _wait_for_epoch(self, channel: _SendChannel) -> bool:
         """Wait until there is something to send; False at the end."""
-        with self._changed:
-            self._changed.wait_for(lambda: channel.synced < self._epoch or self._over)
-            return not self._over
+        crew = self._crew
+        with crew.changed:
+            crew.changed.wait_for(lambda: channel.synced < self._epoch or crew.over)
+            return not crew.over
 
     def _take(self) -> Batch | None:
         with self._next_batch:
-            return None if self._over else next(self._batches, None)
+            self._crew.check()
+            return next(self._batches, None)
 
     def _send_sync(self, channel: _SendChannel) -> None:
         channel.writer.watch.clock.lap("wait")
         channel.writer.write(RamPacket(sync=True))
-        with self._changed:
+        with self._crew.changed:
             channel.synced += 1
-            self._changed.notify_all()
+            self._crew.changed.notify_all()
 
     def _send(self, channel: _SendChannel, batch: Batch) -> bool:
         """Send what is to be sent of a batch; says whether there was a payload."""
@@ -210,9 +182,9 @@ class SendChannels:
                 packet, runs = writer.part(packet, runs[0])
         if packet.zero and self._zero_pages == "legacy":
             channel.aside += len(packet.zero)
-            with self._changed:
+            with self._crew.changed:
                 self._zeros.append((idstr, packet.zero))
-                self._changed.notify_all()
+                self._crew.changed.notify_all()
             packet = replace(packet, zero=())
         if packet.normal or packet.zero:
             writer.watch.clock.lap("wait")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from multifd.errors import UsageError
@@ -51,21 +49,3 @@ def check_channels(channels: int) -> None:
     """Raises UsageError for a number that QEMU does not take."""
     if not 1 <= channels <= MAX_CHANNELS:
         raise UsageError(f"{channels} channels: QEMU takes 1 to {MAX_CHANNELS}")
-
-
-@contextmanager
-def every(seconds: float, action: Callable[[], None]) -> Iterator[None]:
-    """Call `action` from a thread of its own, every so often, while the body runs."""
-    stop = threading.Event()
-
-    def run() -> None:
-        while not stop.wait(seconds):
-            action()
-
-    thread = threading.Thread(target=run, name="multifd-every", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()

@@ -8,6 +8,7 @@ import socket
 import time
 from typing import Any
 
+from multifd.crew import doing
 from multifd.errors import HostError, reason, system_error
 from multifd.net.deadline import Silence
 from multifd.net.socket import SocketConnection, Wrap
@@ -20,13 +21,14 @@ AGAIN = 0.05
 def connect(
     uri: Uri, silence: Silence, who: str = "the destination", wrap: Wrap = SocketConnection
 ) -> SocketConnection:
-    """Connect to somebody within `silence.timeout` seconds.  Raises HostError, PeerError, Stalled where given up."""
+    """Connect to somebody within `silence.timeout` seconds.  Raises HostError, PeerError, Cancelled."""
     error: OSError | None = None
     try:
         if uri.scheme == "unix":
             found = [(socket.AF_UNIX, uri.path)]
         else:
-            infos = socket.getaddrinfo(uri.host or "localhost", uri.port, type=socket.SOCK_STREAM)
+            with doing(f"looking up {uri.host}"):
+                infos = socket.getaddrinfo(uri.host or "localhost", uri.port, type=socket.SOCK_STREAM)
             found = [(info[0], info[4]) for info in infos]  # type: ignore[misc]
         deadline = time.monotonic() + silence.timeout
         for family, address in found:
@@ -43,6 +45,7 @@ def connect(
             connection = wrap(sock, str(uri), silence)
             try:
                 connection.begin(deadline)
+                connection.keep_to(silence)
             except BaseException:
                 connection.close()
                 raise
@@ -57,7 +60,7 @@ def connect(
 
 
 def _connect(sock: socket.socket, address: Any, deadline: float, silence: Silence) -> None:
-    """In looks, so that it can be given up.  Raises OSError, Stalled."""
+    """In looks, so that it can be given up.  Raises OSError, Cancelled."""
     sock.setblocking(False)
     error = sock.connect_ex(address)
     poll = select.poll()

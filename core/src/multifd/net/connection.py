@@ -47,9 +47,6 @@ class Connection(Readable, Protocol):
     def ready(self, wake: Wake) -> bool:
         """Wait until a byte or the end can be read; False where neither is here and `wake` is set."""
 
-    def read_first(self, view: memoryview, deadline: float) -> int:
-        """Fill `view` before `deadline` (monotonic); how many bytes came before the end."""
-
     def read_some(self, limit: int, *, due: bool = False) -> bytes:
         """At least one byte, at most `limit`; empty at the end of the stream."""
 

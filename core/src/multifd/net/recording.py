@@ -38,13 +38,6 @@ class RecordedConnection:
     def ready(self, wake: Wake) -> bool:  # noqa: ARG002 - a file never waits
         return True
 
-    def read_first(self, view: memoryview, deadline: float) -> int:  # noqa: ARG002 - a file never waits
-        try:
-            self.read_into(view)
-        except Ended as ended:
-            return ended.got
-        return len(view)
-
     def read_into(self, view: memoryview, *, at_least: int | None = None, due: bool = False) -> int:  # noqa: ARG002
         got = 0
         while got < len(view):

@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
-from multifd.errors import PeerError, os_errors
-from multifd.net.connection import Ended, Lost, Stalled
+from multifd.errors import os_errors
+from multifd.net.connection import MAIN_READ, Ended, Lost, Stalled
 from multifd.net.deadline import Silence
 from multifd.net.wake import Wake
 from multifd.wire.packet import Buffer
@@ -34,24 +34,27 @@ class SocketConnection:
         self.bytes_read = 0
         self.bytes_written = 0
         self._socket = sock
-        self._silence = silence
         self._waiting: select.poll | None = None
         self._reset = False
         self._tcp = sock.family != socket.AF_UNIX
         sock.settimeout(None)
+        self._set(silence)
+
+    def _set(self, silence: Silence) -> None:
+        self._silence = silence
         if self._tcp:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             # A host that vanished.  Not TCP_USER_TIMEOUT: it also ends a peer that is merely slow.
-            probe = max(1, int(silence.timeout / 4))
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, probe)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, probe)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+            probe = min(max(1, int(silence.timeout / 4)), 32767)
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, probe)
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, probe)
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
         # Not settimeout(): that polls before each call and forgoes MSG_WAITALL.
         seconds, fraction = divmod(silence.interval, 1)
         interval = struct.pack("@ll", int(seconds), max(1000, int(fraction * 1e6)))
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
 
     def ready(self, wake: Wake) -> bool:
         if self._waiting is None:
@@ -143,8 +146,25 @@ class SocketConnection:
         return self._write(self._socket.sendmsg, buffers, (), socket.MSG_NOSIGNAL)
 
     def keep_to(self, silence: Silence) -> None:
-        """From now on: before anybody else reads or writes."""
-        self._silence = silence
+        """From now on; before, nobody else reads or writes."""
+        self._set(silence)
+        silence.include(self.unsent)
+
+    def take(self, limit: int) -> bytes | None:
+        """What is here, at most `limit` bytes, without waiting; None where nothing is, empty at the end.
+
+        Raises PeerError for what can be no beginning of a connection, HostError.
+        """
+        with os_errors(self.name):
+            try:
+                data = self._socket.recv(limit, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return None
+            except ConnectionError:
+                self._reset = True
+                data = b""
+        self.bytes_read += len(data)
+        return data
 
     def begin(self, deadline: float) -> None:
         """Whatever goes before the first byte, done before `deadline`; plain bytes need nothing.
@@ -152,15 +172,10 @@ class SocketConnection:
         Raises PeerError, HostError.
         """
 
-    def read_first(self, view: memoryview, deadline: float) -> int:
-        self.begin(deadline)
-        got = 0
-        try:
-            while got < len(view) and (count := self._receive_by(view[got:], deadline)):
-                got += count
-        except Stalled:
-            raise PeerError(f"{self.name} sent {got} bytes and then nothing: is it a migration?") from None
-        return got
+    def read_by(self, deadline: float, limit: int) -> bytes:
+        """Like `read_some`, but raises Stalled where nothing comes by then (monotonic)."""
+        buffer = memoryview(bytearray(limit))
+        return bytes(buffer[: self._receive_by(buffer, deadline)])
 
     def _receive_by(self, view: memoryview, deadline: float) -> int:
         """At least a byte before `deadline`, or 0 at the end.  Raises Stalled."""
@@ -199,9 +214,16 @@ class SocketConnection:
         As far as the kernels say: it is acknowledged, or no longer in a Unix socket; who leaves something resets.
         """
         with os_errors(self.name):
-            left = struct.unpack("@i", fcntl.ioctl(self._socket, termios.TIOCOUTQ, bytes(4)))[0]
             self._reset = self._reset or self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
-        return self._reset or left > 0
+        return self._reset or self.unsent() > 0
+
+    def unsent(self) -> int:
+        """Bytes that the other side's kernel has not acknowledged, or its process not read from a Unix socket."""
+        try:
+            found: int = struct.unpack("@i", fcntl.ioctl(self._socket, termios.TIOCOUTQ, bytes(4)))[0]
+        except (OSError, ValueError):  # it is closed
+            return 0
+        return found
 
     def hung_up(self) -> bool:
         """Whether the other side has closed, though there may be something left to read."""
@@ -222,6 +244,21 @@ class SocketConnection:
         """
         with suppress(OSError):
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
+
+    def abort(self) -> None:
+        """Close at once, so that the other side hears of it at once; who blocks here finds it closed."""
+        self.reset()
+        self.interrupt()
+        self.close()
+
+    def discard(self) -> bool:
+        """Throw away what is here, without waiting; False where the other side has closed."""
+        try:
+            return bool(self._socket.recv(MAIN_READ, socket.MSG_DONTWAIT))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
 
     def fileno(self) -> int:
         """Of the socket; -1 once it is closed."""

@@ -27,8 +27,8 @@ T = TypeVar("T")
 AUTHORITY = "ca-cert.pem"
 #: Certificates taken back; looked at where it is there, as QEMU does.
 REVOKED = "ca-crl.pem"
-#: Encrypted bytes taken from the socket at once.
-
+#: Encrypted bytes taken from the socket at once, of one whom nobody knows yet and later.
+READ_FIRST = 16 * 1024
 READ = 256 * 1024
 
 
@@ -124,15 +124,19 @@ class TlsConnection(SocketConnection):
         self._begun = False
         #: A byte that was read to learn whether there is one.
         self._ahead = bytearray()
-        self._cipher = memoryview(bytearray(READ))
+        self._cipher = memoryview(bytearray(READ_FIRST))
 
     def begin(self, deadline: float) -> None:
+        try:
+            self._begin(partial(self._fetch_by, deadline))
+        except Stalled:
+            raise PeerError(f"{self.name} did not finish its TLS handshake: does it speak TLS?") from None
+
+    def _begin(self, fetch: Callable[[], int]) -> None:
         if self._begun:
             return
         try:
-            self._step(self._session.do_handshake, partial(self._fetch_by, deadline))
-        except Stalled:
-            raise PeerError(f"{self.name} did not finish its TLS handshake: does it speak TLS?") from None
+            self._step(self._session.do_handshake, fetch)
         except ssl.SSLEOFError:
             raise PeerError(
                 f"{self.name}: the other side closed the connection in the TLS handshake: does it speak TLS, and does "
@@ -140,6 +144,25 @@ class TlsConnection(SocketConnection):
             ) from None
         self._push()
         self._begun = True
+
+    def take(self, limit: int) -> bytes | None:
+        def fetch() -> int:
+            data = super(TlsConnection, self).take(len(self._cipher))
+            if data is None:
+                raise _Nothing
+            self._cipher[: len(data)] = data
+            return len(data)
+
+        found = bytearray(limit)
+        try:
+            self._begin(fetch)
+            return bytes(found[: self._decrypt(memoryview(found), fetch)])
+        except _Nothing:
+            return None
+
+    def keep_to(self, silence: Silence) -> None:
+        super().keep_to(silence)
+        self._cipher = memoryview(bytearray(READ))
 
     def exposed(self) -> bool:
         return False

@@ -1,150 +1,130 @@
-"""Who connects to `receive`: accepted, told apart, and served by a thread each."""
+"""The connections of the one migration that `receive` takes: which of those who came they are."""
 
 from __future__ import annotations
 
-import threading
-import warnings
-from collections.abc import Callable
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from multifd.codec.readers import Readers
+from multifd.crew import Crew
 from multifd.engine.headers import identify
-from multifd.engine.receiver import RecvChannels
 from multifd.errors import PeerError, counted
-from multifd.net.connection import Connection, Ended
-from multifd.net.deadline import Silence
-from multifd.net.listener import Listener
+from multifd.net.connection import Connection, Ended, Stalled
+from multifd.net.deadline import LETTING_GO, Silence
+from multifd.net.door import Caller, Door
+from multifd.net.recording import RecordedConnection
 from multifd.net.security import warn_exposed
-from multifd.net.socket import SocketConnection
-from multifd.observe.observers import Observers
+from multifd.wire.flags import VM_FILE_MAGIC
+from multifd.wire.packet import MAGIC, InitPacket
 
 
-class Connections:
-    """Accepts connections; each gets a thread, which finds out by its first bytes what it is."""
+@dataclass(frozen=True, slots=True)
+class Party:
+    """The connections of one migration; `head` is what has been read of its main channel."""
 
-    def __init__(
-        self, listener: Listener | None, count: int, readers: Readers, silence: Silence, observers: Observers
-    ) -> None:
-        self.silence = silence
-        self.readers = readers
-        self.observers = observers
-        self.channels = RecvChannels(count, readers, silence, self._wake, observers)
-        #: Whether it ended well: nobody's bytes are thrown away then.
-        self.complete = False
-        #: Whether those who connect are there, or their recording.
-        self.live = listener is not None
-        self._listener = listener
-        self._closed = False
-        self._changed = threading.Condition()
-        # Guarded by the condition:
-        self._main: Connection | None = None
-        self._over = False
-        self._connections: list[Connection] = []
-        self._threads: list[threading.Thread] = []
+    main: Connection
+    head: bytes
+    channels: Sequence[tuple[InitPacket, Connection]]
 
-    def start(self) -> None:
-        """Accept in a thread of its own, until closed."""
-        self._spawn(self._accept)
+    @property
+    def uuid(self) -> bytes:
+        """The VM's, as its channels have it; 16 bytes."""
+        return self.channels[0][0].uuid
 
-    def take(self, connection: Connection) -> None:
-        """A connection has come."""
-        with self._changed:
-            if self._over:
-                connection.close()
-                return
-            self._connections.append(connection)
-            self._changed.notify_all()
-            self._spawn(lambda: self._serve(connection))
+    @property
+    def connections(self) -> list[Connection]:
+        """All of them."""
+        return [self.main, *(connection for _, connection in self.channels)]
 
-    def main(self, first_timeout: float | None) -> Connection:
-        """Wait for the main channel.  Raises PeerError where it does not come in time."""
-        with self._changed:
-            while self._main is None and not self._over:
-                if not self._connections:
-                    if not self._changed.wait_for(lambda: self._connections or self._over, first_timeout):
-                        raise PeerError(f"nobody connected within {first_timeout:g} s (--timeout)")
-                elif not self._changed.wait_for(self._main_or_nobody, self.silence.timeout):
-                    raise PeerError(
-                        f"{counted(len(self._connections), 'connection')} came, none of them a main channel, within "
-                        f"{self.silence.timeout:g} s (--timeout)"
-                    )
-            main = self._main
-        self.channels.raise_failure()
-        assert main is not None
-        return main
 
-    def _main_or_nobody(self) -> bool:
-        return self._main is not None or self._over or not self._connections
+def recorded(main: RecordedConnection, others: Sequence[RecordedConnection]) -> Party:
+    """Those of a recording.  Raises PeerError where they are no main channel and its multifd channels."""
+    if identify(main) is not None:
+        raise PeerError(f"{main.name} is a multifd channel, no main channel")
+    channels: dict[int, tuple[InitPacket, Connection]] = {}
+    for connection in others:
+        init = identify(connection)
+        if init is None:
+            raise PeerError("a second main channel came: two migrations at once?")
+        if init.id in channels:
+            raise PeerError(f"channel {init.id}: came twice")
+        channels[init.id] = init, connection
+    _check([init for init, _ in channels.values()], len(others))
+    return Party(main, MAGIC.pack(VM_FILE_MAGIC), list(channels.values()))
 
-    def source_is_gone(self) -> bool:
-        """Whether the main channel's other side has closed it, though there may be something left to read."""
-        return isinstance(self._main, SocketConnection) and self._main.hung_up()
 
-    def stop(self) -> None:
-        """Stop accepting; end all threads.  The main channel stays open for the last word."""
-        with self._changed:
-            self._over = True
-            others = [connection for connection in self._connections if connection is not self._main]
-        if self._listener is not None:
-            self._listener.interrupt()
-        self.channels.stop()
-        for connection in others:
-            connection.interrupt()
-        for thread in self._threads:
-            thread.join()
+def _check(inits: Sequence[InitPacket], count: int) -> None:
+    """That channels are those of one migration with so many."""
+    for init in inits:
+        if init.uuid != inits[0].uuid:
+            raise PeerError(
+                f"channel {init.id}: VM uuid {init.uuid.hex()}, the other channels have {inits[0].uuid.hex()}: "
+                "two migrations at once?"
+            )
+        if init.id >= count:
+            raise PeerError(
+                f"channel {init.id}: the sender uses at least {init.id + 1} channels, this side expects {count}: start "
+                "both with the same --channels"
+            )
 
-    def close(self) -> None:
-        """Stop, and close all connections.  Safe to call twice."""
-        self.stop()
-        if self._closed:
-            return
-        self._closed = True
-        for connection in self._connections:
-            if not self.complete and isinstance(connection, SocketConnection):
-                connection.reset()
-            connection.close()
-        self.channels.close()
 
-    def _wake(self) -> None:
-        """A channel failed: whoever waits for the main channel, or reads it, must see it."""
-        with self._changed:
-            self._over = True
-            self._changed.notify_all()
-            if self._main is not None:
-                self._main.interrupt(reading_only=True)
+def meet(
+    door: Door, crew: Crew, count: int, uuid: bytes | None, silence: Silence, first_timeout: float | None
+) -> Party:
+    """Wait for a main channel and its `count` multifd channels; those of the VM `uuid` where it is given.
 
-    def _spawn(self, action: Callable[[], None]) -> None:
-        thread = threading.Thread(target=action, name="multifd-recv", daemon=True)
-        thread.start()
-        self._threads.append(thread)
+    Raises PeerError where no main channel comes within `first_timeout` seconds or its channels within
+    `silence.timeout`, Ended or another PeerError where a main channel comes that goes no further, Cancelled.
+    """
+    until = None if first_timeout is None else time.monotonic() + first_timeout
+    since = 0.0
+    with crew.changed:
+        while True:
+            party = next(filter(None, (_party(door, main, count, uuid) for main in list(door.mains))), None)
+            if party is not None:
+                return party
+            now = time.monotonic()
+            if not door.mains:
+                since = 0.0
+                if until is not None and now >= until and not door.begun:
+                    came = f"{counted(door.came, 'connection')} came, none of them a main channel," if door.came else ""
+                    raise PeerError(f"{came or 'nobody connected'} within {first_timeout:g} s (--timeout)")
+            else:
+                since = since or now
+                late = f"{_came(door, count)}: start both sides with the same number of channels (and multifd on)"
+                if now - since > LETTING_GO and all(main.connection.hung_up() for main in door.mains):
+                    raise Ended(f"{late}, and its main channel has ended")
+                if now - since >= silence.timeout:
+                    raise Stalled(f"{late}: nothing moved for {silence.timeout:g} s (--timeout)")
+            crew.changed.wait(silence.interval)
+            crew.check()
 
-    def _accept(self) -> None:
-        assert self._listener is not None
-        while (connection := self._listener.accept(self.silence)) is not None:
-            self.take(connection)
 
-    def _serve(self, connection: Connection) -> None:
-        try:
-            self._identify(connection)
-        except BaseException as error:  # noqa: BLE001 - the main thread raises it
-            self.channels.fail(error)
+def _party(door: Door, main: Caller, count: int, uuid: bytes | None) -> Party | None:
+    """That of a main channel, where all of it is here.  Raises what is wrong with it."""
+    if main.failure is not None:
+        raise type(main.failure)(f"main channel: {main.failure}") from main.failure
+    assert main.configuration is not None
+    said = main.configuration.uuid
+    if uuid is not None and said not in (None, uuid):
+        door.dismiss(main, f"is a main channel of VM {said.hex()}, not of {uuid.hex()}")
+        return None
+    wanted = uuid or said
+    groups: dict[bytes, dict[int, Caller]] = {}
+    # QEMU connects them after its main channel.
+    for channel in sorted(door.channels, key=lambda channel: channel.number < main.number):
+        if wanted in (None, channel.init.uuid):
+            groups.setdefault(channel.init.uuid, {}).setdefault(channel.init.id, channel)
+    for group in groups.values():
+        if all(number in group for number in range(count)):
+            channels = [(channel.init, channel.connection) for channel in group.values()]
+            _check([init for init, _ in channels], count)
+            door.take([main, *group.values()])
+            warn_exposed(main.connection)
+            return Party(main.connection, bytes(main.data), channels)
+    return None
 
-    def _identify(self, connection: Connection) -> None:
-        try:
-            init = identify(connection, self.silence.timeout)
-        except Ended as ended:
-            warnings.warn(f"{ended}: ignored", RuntimeWarning, stacklevel=1)
-            with self._changed:
-                self._connections.remove(connection)
-                self._changed.notify_all()
-            connection.close()
-            return
-        if init is not None:
-            self.channels.serve(connection, init)
-            return
-        with self._changed:
-            if self._main is not None:
-                raise PeerError("a second main channel came: two migrations at once?")
-            self._main = connection
-            self._changed.notify_all()
-        if isinstance(connection, SocketConnection):
-            warn_exposed(connection)
+
+def _came(door: Door, count: int) -> str:
+    came = {channel.init.id for channel in door.channels}
+    return f"{len(came)} of {count} multifd channels came"

@@ -21,10 +21,6 @@ SETTLING = 10.0
 LATE_CHANNEL = 1.0
 
 
-class Foreign(PeerError):
-    """A connection that is not of the migration at hand."""
-
-
 class Channels:
     """Guarded by the migration's lock, `changed`, which whoever calls a method holds."""
 
@@ -45,25 +41,18 @@ class Channels:
         """The numbers of the methods that they came with."""
         return set().union(*(channel.methods for channel in self.running.values()))
 
-    def register(self, name: str, init: InitPacket) -> None:
-        """One has come.  Raises Foreign where it is of no migration here, PeerError where there are too many."""
+    def register(self, init: InitPacket) -> bool:
+        """One has come; False where it is of no migration here.  Raises PeerError where there are too many."""
         late = self._settled is not None and time.monotonic() > self._settled
         if late or self.uuid not in (None, init.uuid) or init.id in self.ids:
-            raise Foreign(
-                f"{name} is channel {init.id} of VM {init.uuid.hex()}, which is not the migration that the relay serves"
-            )
+            return False
         if self._most is not None and init.id >= self._most:
             raise PeerError(
                 f"channel {init.id}: the source uses at least {init.id + 1} channels, --channels says {self._most}"
             )
         self.uuid = init.uuid
         self.ids.add(init.id)
-
-    def forget(self, init: InitPacket) -> None:
-        """One was none of this migration's."""
-        self.ids.remove(init.id)
-        if not self.ids:
-            self.uuid = None
+        return True
 
     def sync_point(self, points: int) -> None:
         """The main channel is at so many sync points, or a channel has ended.

@@ -12,10 +12,10 @@ from multifd.net.socket import SocketConnection
 from multifd.observe.hooks import BACK, IN, OUT
 from multifd.observe.observers import Observers
 from multifd.wire.events import BlockList, CommandReceived, Configuration, Event, SyncPoint
-from multifd.wire.flags import VM_FILE_MAGIC, Command
+from multifd.wire.flags import Command
 from multifd.wire.layout import COMMAND_HEAD
 from multifd.wire.mainchannel import Parser
-from multifd.wire.packet import MAGIC, Buffer
+from multifd.wire.packet import Buffer
 from multifd.wire.returnpath import ReturnPathParser
 
 #: A command without data: section type, number, length.
@@ -56,12 +56,13 @@ class MainChannel:
 
     def pass_on(
         self,
+        head: bytes,
         source: SocketConnection,
         destination: SocketConnection,
         on_event: Callable[[Event], None],
         on_complete: Callable[[], None],
     ) -> None:
-        """From the source to the destination, until the source ends.
+        """From the source to the destination, until the source ends; `head` is what has been read of it.
 
         `on_event` sees each event before it passes, `on_complete` is called before the last byte does, without which
         the destination cannot go on; where nothing tells that byte, before its end does.
@@ -71,7 +72,7 @@ class MainChannel:
         """
         warn_exposed(source)
         warn_exposed(destination)
-        data = MAGIC.pack(VM_FILE_MAGIC)  # which told that it is the main channel
+        data = head
         complete = False
         while data:
             self._observers.main(IN, data)

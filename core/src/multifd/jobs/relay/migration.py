@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from uuid import UUID
 
+from multifd.crew import Crew
 from multifd.effort.controller import Effort
-from multifd.engine.headers import identify
-from multifd.errors import HostError, MultifdError, PeerError, counted, describe
+from multifd.errors import Cancelled, HostError, MultifdError, PeerError, counted, shortage
 from multifd.jobs.relay.channel import Channel
-from multifd.jobs.relay.channels import Channels, Foreign
+from multifd.jobs.relay.channels import Channels
 from multifd.jobs.relay.counters import Sample
 from multifd.jobs.relay.mainchannel import MainChannel
 from multifd.jobs.relay.outcome import Relayed
@@ -27,6 +26,7 @@ from multifd.jobs.verdict import LAST_WORD
 from multifd.net.connect import connect
 from multifd.net.connection import Ended, Lost
 from multifd.net.deadline import LETTING_GO, Silence
+from multifd.net.door import Caller
 from multifd.net.socket import SocketConnection, await_closing
 from multifd.net.wake import Wake
 from multifd.observe.hooks import IN, OUT
@@ -35,75 +35,110 @@ from multifd.wire.events import BlockList, Event, PageData, RamEnd, SyncPoint
 from multifd.wire.flags import method_name
 from multifd.wire.packet import InitPacket
 
-#: Seconds that a multifd channel waits for its main channel, which QEMU connects first.
-MAIN_WAIT = 10.0
-#: What the machine may be short of (descriptors, memory, threads): it ends a migration, and the relay goes on.
-SHORTAGES = (OSError, MemoryError, RuntimeError)
 GONE = "the destination closed the connection"
 
 
 class Migration:
     """The connections of one migration, and the threads that serve them."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, main: Caller, changed: threading.Condition) -> None:
+        """`main` has come to its list of RAM blocks, or failed before; `changed` is told of each change."""
         self._plan = plan
         self._effort = Effort(plan.to) if plan.to is not None else None
         self._silence = Silence(plan.timeout)
+        self._caller = main
+        self._source = main.connection
         self._started = time.monotonic()
-        #: From the main channel's beginning on; no other channel moves before.
-        self._main_complete: Wake | None = None
-        self._changed = threading.Condition()
+        self._main_complete = Wake()
+        self._changed = changed
+        self.crew = Crew(changed)
+        self.crew.on_end(self._silence.cancel)
         # Guarded by the condition:
         self._state = State.WAITING
         self._error: BaseException | None = None
         self._stopped = False
         self._answered = False
-        self._main = MainChannel(self._changed, plan.observers, drop_switchover_start=plan.drop_switchover_start)
+        self._main = MainChannel(changed, plan.observers, drop_switchover_start=plan.drop_switchover_start)
         self._connections: list[SocketConnection] = []
         self._onward: list[SocketConnection] = []
-        self._threads: list[threading.Thread] = []
-        self._source: SocketConnection | None = None
         self._destination: SocketConnection | None = None
-        self._channels = Channels(self._changed, plan.channels, self._silence)
+        self._channels = Channels(changed, plan.channels, self._silence)
         self._observed = ExitStack()
         self._observed.enter_context(plan.observers.migration(IN, OUT))
+        self._welcome(self._source)
 
     @property
-    def _over(self) -> bool:
+    def over(self) -> bool:
+        """Whether it has ended, or was told to."""
         return self._stopped or self._state in FINAL
 
-    def take(self, connection: SocketConnection) -> bool:
-        """A connection from the source; False where this migration is over."""
+    def group(self, channels: Sequence[Caller]) -> list[Caller]:
+        """Which of those who wait may be its own, the likeliest first: QEMU connects them after its main channel.
+
+        All, where its VM is known; else those of the VM with most channels.
+        """
+        later = sorted(channels, key=lambda channel: channel.number < self._caller.number)
+        configuration = self._caller.configuration
+        uuid = self._channels.uuid or (configuration.uuid if configuration is not None else None)
+        if uuid is not None or not channels:
+            return later
+        groups: dict[bytes, dict[int, Caller]] = {}
+        for channel in later:
+            groups.setdefault(channel.init.uuid, {}).setdefault(channel.init.id, channel)
+        return list(max(groups.values(), key=len).values())
+
+    def begin(self) -> None:
+        """Serve its main channel."""
+        self._spawn("main channel", self._relay_main)
+
+    def take(self, channel: Caller) -> bool:
+        """One of its channels; False where it is none of them."""
+        connection, init = channel.connection, channel.init
         with self._changed:
-            if self._over:
-                return False
-            connection.keep_to(self._silence)
-            self._connections.append(connection)
-            self._threads = [thread for thread in self._threads if thread.is_alive()]
-            self._spawn(lambda: self._serve(connection))
+            try:
+                if not self._channels.register(init):
+                    return False
+            except PeerError as error:
+                self._fail(error)
+            self._welcome(connection)
+            self._spawn(f"channel {init.id}", lambda: self._relay_channel(connection, init))
             return True
 
     def join(self) -> Relayed:
-        """Wait for the end.  Raises how it came where it is no success."""
+        """Wait for the end.  Raises how it came where it is no success, Cancelled where it was stopped."""
         with self._changed:
-            self._changed.wait_for(lambda: self._over)
+            self._changed.wait_for(lambda: self.over)
+            if self._state is State.PASSED_ON:
+                # It was stopped, and the destination has all of it: if it says so, the source has to hear that, or
+                # there are two guests.
+                self._changed.wait_for(lambda: self._state in FINAL, LAST_WORD)
+            stopped = self._state not in FINAL
         self._let_go()
-        for thread in self._threads:  # the last ones may still start another
-            thread.join()
+        if stopped:
+            self.crew.cancel()
+        elif self._error is not None:
+            self.crew.fail(self._error)
+        self.crew.join()
         try:
             with self._observed:
+                if stopped:
+                    raise Cancelled("the relay was stopped")
                 if self._state not in SUCCESSES:
                     raise self._told()
                 return self._result()
         except BaseException:
-            for connection in (*self._connections, *self._onward):
+            for connection in self._onward:
                 connection.reset()
             raise
         finally:
-            for connection in (*self._connections, *self._onward):
+            for connection in (*self._onward, *(self._connections if self._state in SUCCESSES else ())):
                 connection.close()
-            if self._main_complete is not None:
-                self._main_complete.close()
+            self._main_complete.close()
+
+    @property
+    def left(self) -> list[SocketConnection]:
+        """After `join`: its source's channels, to be let go where it failed."""
+        return self._connections[1:]
 
     def stop(self) -> None:
         """End it, wherever it is."""
@@ -112,123 +147,70 @@ class Migration:
             self._changed.notify_all()
 
     def _let_go(self) -> None:
-        """Wake all threads.  A source that has its answer, or ended, closes first: taken from it, it would fail."""
+        """A source that has its answer, or ended, closes first: taken from it, it would fail."""
         if self._state in SUCCESSES:
             await_closing(self._connections, LETTING_GO)
-        elif self._state is State.ENDED_EARLY:
+            return
+        if self._state is State.ENDED_EARLY:
             self._drain()
-        self._silence.cancel()
-        with self._changed:
-            for connection in (*self._connections, *self._onward):
-                connection.interrupt()
+        self._source.abort()  # it first, and nothing else of the source's: see `net.parting`
 
     def _drain(self) -> None:
         """What a source sent before it ended goes on: a QEMU 7.2 that lacks a SYNC of it waits for that for ever."""
         deadline = time.monotonic() + LETTING_GO
         if self._destination is not None:
             self._destination.finish()
-        for thread in list(self._threads):
-            thread.join(max(0.0, deadline - time.monotonic()))
+        self.crew.await_threads(LETTING_GO)
         await_closing(self._connections, max(0.0, deadline - time.monotonic()))
 
-    def _spawn(self, action: Callable[[], None]) -> None:
+    def _spawn(self, name: str, action: Callable[[], None]) -> None:
         def run() -> None:
             try:
                 action()
             except BaseException as error:  # noqa: BLE001 - join() raises it
                 self._fail(error)
 
-        thread = threading.Thread(target=run, name="multifd-relay", daemon=True)
-        with self._changed:  # take() drops those that are not alive, join() waits for the others
-            try:
-                thread.start()
-            except RuntimeError as error:  # there may be no more threads
-                self._fail(error)
-            else:
-                self._threads.append(thread)
+        try:
+            self.crew.spawn(name, run)
+        except MultifdError as error:  # there may be no more threads
+            self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
         if isinstance(error, Lost):
             with self._changed:  # what it says on its main channel is the cause
-                self._changed.wait_for(lambda: self._answered or self._over, LAST_WORD)
-        if isinstance(error, SHORTAGES):
-            error, error.__cause__ = HostError(describe(error)), error
-        self._saw(seen(error), error)
+                self._changed.wait_for(lambda: self._answered or self.over, LAST_WORD)
+        self._saw(seen(error), shortage(error))
 
     def _saw(self, saw: Saw, error: BaseException | None = None) -> None:
         """Where it ends with that, `error` is why."""
         with self._changed:
-            if not self._over:
+            if self._state not in FINAL:
                 self._state = after(self._state, saw)
                 self._error = error
                 self._changed.notify_all()
 
-    # --- who is who ---
-
-    def _serve(self, connection: SocketConnection) -> None:
-        """In a thread of its own, from the first byte to the last."""
-        try:
-            init = identify(connection, self._silence.timeout)
-        except PeerError as error:  # whoever that is, a migration under way has nothing to do with it
-            self._ignore(connection, error)
-            return
-        try:
-            if init is None:
-                self._begin(connection)
-            else:
-                with self._changed:
-                    self._channels.register(connection.name, init)
-                self._await_blocks(connection, init)
-        except Foreign as error:
-            self._ignore(connection, error)
-            return
-        if init is None:
-            self._relay_main(connection)
-        else:
-            self._relay_channel(connection, init)
-
-    def _ignore(self, connection: SocketConnection, why: PeerError) -> None:
-        warnings.warn(f"{why}: ignored", RuntimeWarning, stacklevel=2)
-        with self._changed:
-            if not self._over:  # join() closes them from then on
-                self._connections.remove(connection)
-                connection.close()
-
-    def _begin(self, connection: SocketConnection) -> None:
-        with self._changed:
-            if self._source is not None:
-                raise Foreign(f"{connection.name} is a second main channel, the relay serves one migration at a time")
-            self._source = connection
-            self._started = time.monotonic()
-
-    def _await_blocks(self, connection: SocketConnection, init: InitPacket) -> None:
-        """Wait for the page size.  Raises Foreign for what an earlier migration left behind."""
-        deadline = time.monotonic() + MAIN_WAIT
-        with self._changed:
-            while not self._changed.wait_for(lambda: self._main.blocks_known or self._over, 0.2):
-                if self._source is None and (connection.hung_up() or time.monotonic() > deadline):
-                    self._channels.forget(init)
-                    raise Foreign(
-                        f"{connection.name} is channel {init.id} of a migration whose main channel is not here"
-                    )
+    def _welcome(self, connection: SocketConnection) -> None:
+        connection.keep_to(self._silence)
+        self._connections.append(connection)
 
     def _connect(self) -> SocketConnection:
         connection = connect(self._plan.target, self._silence, wrap=self._plan.wrap)
         with self._changed:
             self._onward.append(connection)
-            over = self._over
-        if over:
-            connection.interrupt()
+        self.crew.on_end(connection.interrupt)
         return connection
 
     # --- what passes ---
 
-    def _relay_main(self, source: SocketConnection) -> None:
-        self._main_complete = Wake()
+    def _relay_main(self) -> None:
+        source = self._source
+        failure = self._caller.failure
+        if failure is not None and not isinstance(failure, Ended):
+            raise failure.at("main channel")
         destination = self._destination = self._connect()
-        self._spawn(lambda: self._pass_back(destination, source))
+        self._spawn("return path", lambda: self._pass_back(destination, source))
         try:
-            self._main.pass_on(source, destination, self._note, self._account)
+            self._main.pass_on(bytes(self._caller.data), source, destination, self._note, self._account)
         except Lost as lost:
             raise Lost(GONE) from lost
         with self._changed:
@@ -253,7 +235,8 @@ class Migration:
 
     def _relay_channel(self, connection: SocketConnection, init: InitPacket) -> None:
         with self._changed:
-            if self._over or self._main_complete is None:
+            self.crew.wait_for(lambda: self._main.blocks_known or self.over)  # now the page size is known
+            if self.over:
                 return
         channel: Channel
         size = self._main.page_size
@@ -281,9 +264,8 @@ class Migration:
     def _account(self) -> None:
         """The main channel is complete: all else has to have passed, too.  Raises PeerError where it has not."""
         main, wake = self._main, self._main_complete
-        assert wake is not None
         with self._changed:
-            self._channels.account(main.sync_points, main.page_size, wake.set, lambda: self._over)
+            self._channels.account(main.sync_points, main.page_size, wake.set, lambda: self.over)
         self._saw(Saw.ACCOUNTED)
 
     # --- how it ends ---
@@ -301,7 +283,7 @@ class Migration:
         left = ""
         if self._state is State.SWITCHED_OVER and not self._main.return_path:
             with self._changed:  # without VM description it may be done before the source's end is seen
-                self._changed.wait_for(lambda: self._main.ended or self._over, LAST_WORD)
+                self._changed.wait_for(lambda: self._main.ended or self.over, LAST_WORD)
         if self._main.ended:
             self._saw(Saw.SOURCE_ENDED, Ended("main channel: it ended without VM description"))
         elif self._state is State.PASSED_ON and not self._main.return_path:
@@ -330,10 +312,10 @@ class Migration:
         return True
 
     def _told(self) -> BaseException:
-        error = self._error or PeerError("the relay was stopped")
-        if isinstance(error, MultifdError):
-            return told(self._state, error, self._shown(), passed_on=self._main.ended)
-        return error
+        assert self._error is not None
+        if isinstance(self._error, MultifdError):
+            return told(self._state, self._error, self._shown(), passed_on=self._main.ended)
+        return self._error
 
     def _shown(self) -> str:
         """What the destination has to fit to."""
@@ -357,15 +339,13 @@ class Migration:
         to = self._plan.to.method if self._plan.to is not None else None
         for channel in channels:
             found |= channel.counters(to)
-        if source is not None:
-            found[Sample("bytes", (("direction", "in"), ("channel", "main")))] = source.bytes_read
+        found[Sample("bytes", (("direction", "in"), ("channel", "main")))] = source.bytes_read
         if destination is not None:
             found[Sample("bytes", (("direction", "out"), ("channel", "main")))] = destination.bytes_written
         return found
 
     def _result(self) -> Relayed:
         channels = list(self._channels.running.values())
-        assert self._source is not None
         assert self._destination is not None
         counts = Counts.total(channel.counts for channel in channels)
         statistics = Counter(self._effort.used if self._effort is not None else {})

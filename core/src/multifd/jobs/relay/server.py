@@ -13,26 +13,30 @@ before 8.0 takes the first connection for it.
 
 from __future__ import annotations
 
-import threading
+import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
 from multifd.codec.readers import Readers
 from multifd.codec.settings import RESERVED
+from multifd.crew import Crew
 from multifd.effort.choice import Choice
-from multifd.errors import MultifdError, UsageError
+from multifd.errors import Cancelled, MultifdError, UsageError
 from multifd.jobs.relay.counters import Sample, added
 from multifd.jobs.relay.migration import Migration
 from multifd.jobs.relay.outcome import Relayed
 from multifd.jobs.relay.plan import Plan
-from multifd.net.deadline import DEFAULT_TIMEOUT, Silence
+from multifd.net import parting
+from multifd.net.deadline import DEFAULT_TIMEOUT
+from multifd.net.door import Door
 from multifd.net.listener import Listener
 from multifd.net.security import connecting_wrap, listening_wrap
 from multifd.net.uri import Uri
 from multifd.observe.observers import Observers
 
+#: Seconds in which the channels of a migration that failed without any may still come.
+LATE = 0.5
 #: Of migrations that did not fail, by whether the destination confirmed them.
 OUTCOMES = {True: "completed", False: "unconfirmed"}
 
@@ -56,6 +60,7 @@ class Relay:
         connect_tls_hostname: str | None = None,
         observe: Sequence[str] = (),
         timeout: float = DEFAULT_TIMEOUT,
+        crew: Crew | None = None,
     ) -> None:
         """`listen` and `to_uri` are `tcp:HOST:PORT` or `unix:PATH`.
 
@@ -71,7 +76,8 @@ class Relay:
         certificates as `multifd.net.tls` wants them, for either leg, plain without; `connect_tls_hostname` is
         what the destination's has to name where that is not `to_uri`'s host.  `timeout`, in seconds, is how
         long nothing may move while somebody waits.  `observe` are those that look on, each `NAME[=ARG]`
-        (`multifd.observe.hooks`): at what came from the source and at what went to the destination.
+        (`multifd.observe.hooks`): at what came from the source and at what went to the destination.  `crew` is a new
+        Crew, whose `cancel` is as `stop`.
         Raises UsageError, CallerError, CompressorError, HostError.
         """
         target = Uri.parse(to_uri)
@@ -92,11 +98,11 @@ class Relay:
         self._plan = Plan(
             target, wrap, readers, choice, uuid, channels, drop_switchover_start, find_zero_pages, observers, timeout
         )
-        self._changed = threading.Condition()
+        self._crew = crew or Crew()
+        self._changed = self._crew.changed
         # Guarded by the condition:
         self._current: Migration | None = None
         self._totals: dict[Sample, float] = {}
-        self._stopped = False
         self._listener = Listener(where, listening_wrap(listen_tls_creds))
         self.uri = str(self._listener.uri)
 
@@ -113,12 +119,7 @@ class Relay:
 
     def stop(self) -> None:
         """Let `serve` return; safe from any thread, and twice."""
-        with self._changed:
-            self._stopped = True
-            if self._current is not None:
-                self._current.stop()
-            self._changed.notify_all()
-        self._listener.interrupt()
+        self._crew.cancel()
 
     def counters(self) -> dict[Sample, float]:
         """What went through since the start, and `active`: 1 while a migration is under way."""
@@ -129,51 +130,82 @@ class Relay:
         return {Sample("active", ()): float(current is not None), **now}
 
     def serve(self, on_end: Callable[[Relayed | MultifdError], None], *, migrations: int | None = None) -> None:
-        """Serve until `stop`, or so many migrations; `on_end` is told how each came out."""
-        accepting = threading.Thread(target=self._accept, name="multifd-relay-accept", daemon=True)
-        accepting.start()
+        """Serve until `stop`, or so many migrations; `on_end` is told how each came out.  Once only."""
+        door = Door(self._listener, self._plan.timeout, self._crew)
+        served = 0
         try:
-            served = 0
-            while served != migrations and (migration := self._next()) is not None:
-                try:
-                    outcome: Relayed | MultifdError = migration.join()
-                except MultifdError as error:
-                    outcome = error
+            self._crew.spawn("door", door.run)
+            while served != migrations:
                 with self._changed:
-                    self._current = None
-                    how = "failed" if isinstance(outcome, MultifdError) else OUTCOMES[outcome.confirmed]
-                    ended = {Sample("migrations", (("outcome", how),)): 1.0}
-                    self._totals = added(self._totals, migration.counters() | ended)
-                    self._changed.notify_all()
-                    stopped = self._stopped
-                if not stopped:
+                    self._crew.wait_for(lambda: door.mains)
+                    migration = self._current = self._next(door)
+                outcome = self._outcome(door, migration)
+                if not isinstance(outcome, Cancelled):
                     on_end(outcome)
                 served += 1
+        except Cancelled:
+            pass
         finally:
-            self.stop()
-            accepting.join()
-            if self._current is not None:
-                with suppress(Exception):  # if it has any, it is on its way already
-                    self._current.join()
+            door.close()
+            self._crew.join()
 
-    def _next(self) -> Migration | None:
-        """The next migration, once its first connection has come; None at the end."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._current is not None or self._stopped)
-            return None if self._stopped else self._current
+    def _next(self, door: Door) -> Migration:
+        main = door.mains[0]
+        door.take([main])
+        try:
+            return Migration(self._plan, main, self._changed)
+        except BaseException:
+            main.connection.close()
+            raise
 
-    def _accept(self) -> None:
-        while True:
-            connection = self._listener.accept(Silence(self._plan.timeout))
-            if connection is None:
-                return
+    def _outcome(self, door: Door, migration: Migration) -> Relayed | MultifdError:
+        """Serve one to its end."""
+        outcome: Relayed | MultifdError
+        try:
+            migration.begin()
+            self._attend(door, migration)
+        finally:
+            migration.stop()
+            try:
+                outcome = migration.join()
+            except MultifdError as error:
+                outcome = error
+                self._see_off(door, migration)
             with self._changed:
-                while not self._stopped:
-                    if self._current is None:
-                        self._current = Migration(self._plan)
-                        self._changed.notify_all()
-                    if self._current.take(connection):
-                        break
-                    self._changed.wait()  # one that is over is cleared away first
-                else:
-                    connection.close()
+                self._crew.adopt(migration.crew)
+                self._current = None
+                door.busy = False
+                how = "failed" if isinstance(outcome, MultifdError) else OUTCOMES[outcome.confirmed]
+                ended = {Sample("migrations", (("outcome", how),)): 1.0}
+                self._totals = added(self._totals, migration.counters() | ended)
+        return outcome
+
+    def _attend(self, door: Door, migration: Migration) -> None:
+        """Let its channels in while it lasts, and nobody else."""
+        with self._changed:
+            door.busy = True
+            while not (migration.over or self._crew.over):
+                for main in list(door.mains):
+                    door.dismiss(main, "is a second main channel, the relay serves one migration at a time")
+                for channel in migration.group(door.channels):
+                    if migration.take(channel):
+                        door.take([channel])
+                    else:
+                        door.dismiss(
+                            channel,
+                            f"is channel {channel.init.id} of VM {channel.init.uuid.hex()}, which is not the migration "
+                            "that the relay serves",
+                        )
+                self._changed.wait()
+
+    def _see_off(self, door: Door, migration: Migration) -> None:
+        """Let go of the channels of one that failed: those that have come, and those that still come."""
+        deadline = time.monotonic() + parting.MOST
+        late = 0.0 if migration.left else time.monotonic() + LATE
+        door.see_off(migration.left)
+        with self._changed:
+            while (door.parting or time.monotonic() < late) and time.monotonic() < deadline and not self._crew.over:
+                for channel in migration.group(door.channels):
+                    door.see_off([channel.connection])
+                    door.take([channel])
+                self._changed.wait(0.1)

@@ -1,0 +1,112 @@
+"""A command beside the main thread, which waits for signals and nothing else."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from multifd.cli.output import say
+from multifd.crew import Crew, leave
+from multifd.errors import Cancelled
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopped(BaseException):
+    """A signal has ended the command."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.code = 128 + number
+
+
+def run_beside(run: Callable[[], int], crew: Crew) -> int:
+    """Run a command in a thread of its own; the first signal cancels its crew, the second one ends the process.
+
+    Returns what the command returns, and raises what it raises, Stopped where a signal ended it.
+    """
+    results: list[int] = []
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            results.append(run())
+        except BaseException as error:  # noqa: BLE001 - the main thread raises it
+            errors.append(error)
+        finally:
+            os.write(ended, b"\0")
+
+    with _signals() as (came, ended):
+        thread = threading.Thread(target=work, name="the command", daemon=True)
+        thread.start()
+        stopped = _watch(came, crew, thread)
+        thread.join()
+    if results:
+        return results[0]
+    if stopped and isinstance(errors[0], (Cancelled, KeyboardInterrupt)):
+        raise Stopped(stopped)
+    raise errors[0]
+
+
+def leave_stuck(code: int, names: list[str]) -> None:
+    """End the process although threads are in calls that nothing can wake: a plugin's, the disk's, the resolver's."""
+    say(f"{', '.join(sorted(set(names)))}: nothing wakes it (a plugin, a disk, a resolver): left as it is")
+    with suppress(OSError):
+        sys.stdout.flush()
+    leave(code)
+
+
+@contextmanager
+def _signals() -> Iterator[tuple[int, int]]:
+    """The ends of a pipe in which each signal that stops is a byte, its number; no thread's system calls see it."""
+    came, ended = os.pipe()
+    os.set_blocking(ended, False)
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # as nohup has it
+    before = {number: signal.signal(number, lambda *_: None) for number in STOPPING[: 2 if ignored else 3]}
+    wakeup = signal.set_wakeup_fd(ended)
+    try:
+        yield came, ended
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(came)
+        os.close(ended)
+
+
+def _watch(came: int, crew: Crew, thread: threading.Thread) -> int:
+    """Until the command has ended; the signal that came meanwhile, or 0."""
+    stopped = 0
+    since = 0.0
+    poll = select.poll()
+    poll.register(came, select.POLLIN)
+    while True:
+        if not poll.poll(max(0.0, since + crew.patience - time.monotonic()) * 1000 if stopped else None):
+            leave_stuck(128 + stopped, crew.stuck() or [thread.name])
+        number = os.read(came, 1)[0]
+        if number == 0:
+            return stopped
+        if number not in STOPPING:
+            continue
+        if stopped:
+            leave(128 + number)
+        stopped = number
+        since = time.monotonic()
+        if crew.used:
+            crew.cancel()
+        else:
+            _interrupt(thread)
+
+
+def _interrupt(thread: threading.Thread) -> None:
+    """Raise KeyboardInterrupt in a thread, as Ctrl-C does in Python's main one: at its next step, not inside a call."""
+    import ctypes
+
+    assert thread.ident is not None
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(KeyboardInterrupt))

@@ -1,0 +1,229 @@
+"""Threads that succeed or fail together, and whoever waits for them.
+
+    crew = multifd.Crew()
+    threading.Timer(60, crew.cancel).start()
+    multifd.send("guest.raw", "unix:there.sock", crew=crew)
+
+The first failure is the one that is raised, and ends all others; `cancel` is one, from any thread.  A crew is for one
+job.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TypeVar
+
+from multifd.errors import Cancelled, HostError, shortage
+
+T = TypeVar("T")
+
+#: Seconds that threads may take to end once the job is over: after a cancel, after a failure (whose cause may still
+#: be on its way), after success.  A thread that takes longer is in a call that nothing can wake.
+ENDING = {"cancelled": 0.4, "failed": 2.0, "done": 5.0}
+PATIENCE = 0.9
+
+
+class Crew:
+    """The threads of one job, and the lock for what they share."""
+
+    def __init__(self, changed: threading.Condition | None = None) -> None:
+        """`changed` is another crew's, where both share what it guards."""
+        #: Guards what the job's threads share; told of each change.
+        self.changed = changed or threading.Condition()
+        #: Seconds in which the job ends after a cancel, or else the command line ends it.  More where something must
+        #: not be left half done.
+        self.patience = PATIENCE
+        # Guarded by the condition:
+        self.over = False
+        self._failure: BaseException | None = None
+        self._until = 0.0
+        self._threads: list[threading.Thread] = []
+        self._wakes: list[Callable[[], None]] = []
+
+    @property
+    def used(self) -> bool:
+        """Whether there is anybody whom `cancel` reaches."""
+        return bool(self._threads or self._wakes)
+
+    def spawn(self, name: str, action: Callable[[], None]) -> threading.Thread:
+        """Do something in a thread of its own; what it raises fails the crew.
+
+        Raises Cancelled where the crew is over, HostError where the machine has no thread left.
+        """
+
+        def work() -> None:
+            try:
+                action()
+            except BaseException as error:  # noqa: BLE001 - whoever waits raises it
+                self.fail(error)
+
+        thread = threading.Thread(target=work, name=name, daemon=True)
+        with self.changed:
+            self.check()
+            try:
+                thread.start()
+            except RuntimeError as error:
+                raise HostError("no thread can be started: raise `ulimit -u` (systemd: TasksMax)") from error
+            self._threads = [other for other in self._threads if other.is_alive()] + [thread]
+        return thread
+
+    def run(self, name: str, action: Callable[[], T]) -> T:
+        """The result of something that is done in a thread of its own, so that whoever waits for it can be woken.
+
+        Raises what it raises, or the crew's failure.
+        """
+        results: list[T] = []
+
+        def work() -> None:
+            result = action()
+            with self.changed:
+                results.append(result)
+                self.changed.notify_all()
+
+        thread = self.spawn(name, work)
+        try:
+            with self.changed:
+                self.changed.wait_for(lambda: results or self.over)
+        except BaseException as error:  # noqa: BLE001 - Ctrl-C, where this is Python's main thread
+            self.fail(error)
+        if not results:
+            thread.join(self.left)
+        if results:
+            return results[0]
+        assert self._failure is not None
+        raise self._failure
+
+    @contextmanager
+    def every(self, seconds: float, action: Callable[[], None]) -> Iterator[None]:
+        """Do something every so often while the body runs, in a thread of its own."""
+        stopped = False
+
+        def work() -> None:
+            while True:
+                with self.changed:
+                    if self.changed.wait_for(lambda: stopped or self.over, seconds):
+                        return
+                action()
+
+        thread = self.spawn("progress", work)
+        try:
+            yield
+        finally:
+            with self.changed:
+                stopped = True
+                self.changed.notify_all()
+            thread.join(max(self.left, ENDING["cancelled"]))
+
+    def on_end(self, wake: Callable[[], None]) -> None:
+        """What is called once the crew is over, to wake whoever blocks somewhere; at once where it is."""
+        with self.changed:
+            if not self.over:
+                self._wakes.append(wake)
+                return
+        wake()
+
+    def wait_for(self, condition: Callable[[], object], seconds: float | None = None) -> bool:
+        """Wait with `changed` held until a condition holds; False after so many seconds.
+
+        Raises Cancelled once the crew is over.
+        """
+        held = self.changed.wait_for(lambda: self.over or condition(), seconds)
+        self.check()
+        return bool(held)
+
+    def check(self) -> None:
+        """Raises Cancelled once the crew is over."""
+        if self.over:
+            raise Cancelled("the job is over")
+
+    def cancel(self) -> None:
+        """End the job, which then raises Cancelled; from any thread, and twice."""
+        self.fail(Cancelled("cancelled"))
+
+    def fail(self, error: BaseException) -> BaseException:
+        """End the job with an error, unless it is over; returns the one that it ended with."""
+        with self.changed:
+            if not self.over:
+                self._failure = shortage(error)
+                self._end("cancelled" if isinstance(error, (Cancelled, KeyboardInterrupt)) else "failed")
+            return self._failure or error
+
+    def end(self) -> None:
+        """End all threads without a failure."""
+        with self.changed:
+            if not self.over:
+                self._end("done")
+
+    def _end(self, how: str) -> None:
+        self.over = True
+        self._until = time.monotonic() + ENDING[how]
+        wakes, self._wakes = self._wakes, []
+        self.changed.notify_all()
+        for wake in wakes:
+            wake()
+
+    def join(self) -> None:
+        """End all threads, and wait for them; for those that nothing can wake not for ever."""
+        self.end()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(self.left)
+
+    def await_threads(self, seconds: float) -> None:
+        """Wait for them to end by themselves, so long at most."""
+        deadline = time.monotonic() + seconds
+        for thread in list(self._threads):
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def stuck(self) -> list[str]:
+        """The names of the threads that have not ended, where all should have."""
+        return [thread.name for thread in self._threads if thread.is_alive()]
+
+    def adopt(self, other: Crew) -> None:
+        """The threads of another one that is over, and have not ended."""
+        with self.changed:
+            self._threads += [thread for thread in other._threads if thread.is_alive()]
+
+    @property
+    def left(self) -> float:
+        """Seconds that the threads still have to end, once the crew is over."""
+        return max(0.0, self._until - time.monotonic())
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """What a thread does meanwhile is its name: a call that nothing can wake is told by it."""
+    thread = threading.current_thread()
+    before, thread.name = thread.name, what
+    try:
+        yield
+    finally:
+        thread.name = before
+
+
+_undoings: dict[object, Callable[[], None]] = {}
+
+
+@contextmanager
+def undone(undo: Callable[[], None]) -> Iterator[None]:
+    """What must not stay behind after the body, even where the process is left from inside of it (`leave`)."""
+    key = object()
+    _undoings[key] = undo
+    try:
+        yield
+    finally:
+        if _undoings.pop(key, None):
+            undo()
+
+
+def leave(code: int) -> None:
+    """End the process at once, whatever its threads do."""
+    while _undoings:
+        _, undo = _undoings.popitem()
+        with suppress(Exception):
+            undo()
+    os._exit(code)

@@ -1,0 +1,365 @@
+"""Who connects, until they have shown who they are: one thread meets them all.
+
+A multifd channel shows its init packet; a main channel is provisional until its list of RAM blocks has come.  Those
+wait in `channels` and `mains` for the job, which takes or dismisses them; everybody else is a stranger, told once by
+kind and then counted, and neither ends nor holds a migration.
+"""
+
+from __future__ import annotations
+
+import selectors
+import time
+import warnings
+from collections import Counter
+from collections.abc import Collection, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from multifd.crew import Crew
+from multifd.errors import MultifdError, PeerError
+from multifd.net import parting
+from multifd.net.connection import Ended, Stalled
+from multifd.net.deadline import Silence
+from multifd.net.listener import Listener
+from multifd.net.parting import Parting
+from multifd.net.socket import SocketConnection
+from multifd.net.wake import Wake
+from multifd.wire.events import BlockList, Configuration
+from multifd.wire.flags import MULTIFD_MAGIC, VM_FILE_MAGIC
+from multifd.wire.mainchannel import Parser
+from multifd.wire.packet import INIT, MAGIC, Buffer, InitPacket
+
+#: So many may wait without having shown who they are.
+MOST = 64
+#: Seconds after which one that has said nothing goes, where somebody else wants the place.
+SILENT = 2.0
+#: So many of the silent ones that came just before a multifd channel do not go: QEMU connects its main channel first,
+#: and may say nothing on it until the others have connected.
+SHIELDED = 4
+#: Bytes that a main channel may take until its RAM blocks are listed (QEMU's lists are some KiB).
+MOST_HEAD = 256 * 1024
+READ = 16 * 1024
+NO_CHANNEL = InitPacket(bytes(16), -1)
+#: Seconds until somebody who could not be met is tried again.
+AGAIN = 0.1
+
+
+@dataclass(slots=True, eq=False)
+class Caller:
+    """Somebody who has connected; `data` is all that they have said."""
+
+    connection: SocketConnection
+    number: int
+    came: float = field(default_factory=time.monotonic)
+    data: bytearray = field(default_factory=bytearray)
+    #: A multifd channel's, once it is shown.
+    init: InitPacket = NO_CHANNEL
+    #: A main channel's, which reads along.
+    parser: Parser | None = None
+    configuration: Configuration | None = None
+    #: Why a main channel has not come to its list of RAM blocks.
+    failure: PeerError | None = None
+
+    @property
+    def name(self) -> str:
+        """As in a message."""
+        return self.connection.name
+
+
+class Door:
+    """Meets those who connect to a listener, which is its own from now on; `run` is its thread."""
+
+    def __init__(self, listener: Listener, timeout: float, crew: Crew, page_size: int | None = None) -> None:
+        """Who has not shown who they are `timeout` seconds after they came goes, whatever trickles.
+
+        `page_size` is assumed where a stream names none.
+        """
+        self._listener = listener
+        self._timeout = timeout
+        self._silence = Silence(timeout)  # of whom nobody waits for yet
+        self._crew = crew
+        self._page_size = page_size
+        self._selector = selectors.DefaultSelector()
+        self._wake = Wake()
+        self._parting = Parting()
+        self._count = 0
+        self._strangers: Counter[str] = Counter()
+        self._accept_from = 0.0
+        self._unknown: list[Caller] = []
+        # Guarded by the crew's lock:
+        self.mains: list[Caller] = []
+        self.channels: list[Caller] = []
+        #: Whether a migration is under way that they do not belong to.
+        self.busy = False
+        self._closed = False
+
+    @property
+    def came(self) -> int:
+        """How many have connected."""
+        return self._count
+
+    @property
+    def begun(self) -> bool:
+        """Whether somebody has begun a main channel."""
+        return bool(self.mains) or any(caller.parser is not None for caller in list(self._unknown))
+
+    def take(self, callers: Collection[Caller]) -> None:
+        """These are of the job's migration: their connections are its own."""
+        with self._crew.changed:
+            for waiting in (self.mains, self.channels):
+                waiting[:] = [caller for caller in waiting if caller not in callers]
+
+    def dismiss(self, caller: Caller, why: str) -> None:
+        """This one, who waits in `mains` or `channels`, is of no migration here."""
+        with self._crew.changed:
+            self.take([caller])
+            self._turn_away(caller, why)
+
+    def see_off(self, connections: Iterable[SocketConnection]) -> None:
+        """Multifd channels of a migration that failed, whose main channel has been reset."""
+        self._parting.add(connections)
+
+    @property
+    def parting(self) -> bool:
+        """Whether some of them have not been closed by their source."""
+        return bool(self._parting)
+
+    def close(self) -> None:
+        """Nobody else is met, and who waits is let go; from any thread, and twice."""
+        with self._crew.changed:
+            if not self._closed:
+                self._closed = True
+                self._wake.set()
+
+    def run(self) -> None:
+        """Until it is closed."""
+        self._selector.register(self._wake, selectors.EVENT_READ)
+        self._selector.register(self._parting, selectors.EVENT_READ)
+        listening = False
+        try:
+            while not self._closed:
+                now = time.monotonic()
+                if listening != self._has_room(now):
+                    listening = not listening
+                    if listening:
+                        self._selector.register(self._listener, selectors.EVENT_READ)
+                    else:
+                        self._selector.unregister(self._listener)
+                for key, _ in self._selector.select(self._next_look(now)):
+                    if isinstance(key.data, Caller):
+                        self._hear(key.data)
+                    elif key.fileobj is self._listener:
+                        self._accept()
+                self._end_waits(time.monotonic())
+                self._part()
+        finally:
+            self._leave()
+
+    def _part(self) -> None:
+        if self._parting:
+            self._parting.step()
+            if not self._parting:
+                with self._crew.changed:
+                    self._crew.changed.notify_all()
+
+    def _leave(self) -> None:
+        self._listener.close()
+        self._selector.close()
+        with self._crew.changed:
+            self._closed = True
+            self._wake.close()
+            mains = [*self.mains, *(caller for caller in self._unknown if caller.parser is not None)]
+            channels = list(self.channels)
+            self.mains.clear()
+            self.channels.clear()
+        for caller in mains:
+            caller.connection.abort()
+        self._parting.add(caller.connection for caller in channels)
+        self._parting.wait(self._crew.left / 2 if self._crew.over else parting.MOST)
+        self._parting.close()
+        for caller in self._unknown:
+            caller.connection.close()
+        if again := sum(self._strangers.values()) - len(self._strangers):
+            _warn(f"{again} more connections were ignored, of the kinds told before")
+
+    def _next_look(self, now: float) -> float | None:
+        """Seconds until there is something to do though nobody has said anything; None for ever."""
+        with self._crew.changed:
+            waiting = [*self._unknown, *(() if self.mains else self.channels)]
+        ends = [self._end_of(caller) for caller in waiting]
+        if self._accept_from > now:
+            ends.append(self._accept_from)
+        if len(waiting) > len(self._unknown):
+            ends.append(now + SILENT)  # whether a channel has gone nothing tells
+        if self._parting:
+            ends.append(now + parting.MOST / 4)
+        if len(self._unknown) >= MOST:
+            ends += [caller.came + SILENT for caller in self._silent()]
+        return max(0.0, min(ends) - now) if ends else None
+
+    def _end_of(self, caller: Caller) -> float:
+        """Until when they may wait (monotonic)."""
+        gone = caller.init is not NO_CHANNEL and caller.connection.hung_up()
+        return caller.came + (min(SILENT, self._timeout) if gone else self._timeout)
+
+    def _has_room(self, now: float) -> bool:
+        """Whether another one may be met now."""
+        return now >= self._accept_from and (len(self._unknown) < MOST or self._idle(now) is not None)
+
+    def _silent(self) -> list[Caller]:
+        """Who has said nothing and may be let go for that, in the order in which they came."""
+        silent = [caller for caller in self._unknown if not caller.data]
+        with self._crew.changed:
+            channels = [channel.number for channel in self.channels]
+        for number in channels:
+            before = [caller for caller in silent if caller.number < number]
+            silent = [caller for caller in silent if caller not in before[-SHIELDED:]]
+        return silent
+
+    def _idle(self, now: float) -> Caller | None:
+        """Whose place another one may have."""
+        return next((caller for caller in self._silent() if now - caller.came >= SILENT), None)
+
+    def _accept(self) -> None:
+        if len(self._unknown) >= MOST and (idle := self._idle(time.monotonic())) is not None:
+            self._forget(idle)
+            self._turn_away(idle, f"said nothing for {SILENT:g} s: is it a migration?")
+        connection = self._listener.accept(self._silence)
+        if connection is None:
+            self._accept_from = time.monotonic() + AGAIN
+            return
+        self._count += 1
+        caller = Caller(connection, self._count)
+        self._unknown.append(caller)
+        self._selector.register(connection, selectors.EVENT_READ, caller)
+        self._hear(caller)
+
+    def _end_waits(self, now: float) -> None:
+        """Of those who have had their time."""
+        for caller in [caller for caller in self._unknown if now - caller.came >= self._timeout]:
+            text = f"sent {len(caller.data)} bytes and then nothing for {self._timeout:g} s (--timeout)"
+            if caller.parser is not None:
+                self._fail(caller, Stalled(text))
+            else:
+                self._forget(caller)
+                self._turn_away(caller, f"{text}: is it a migration?")
+        with self._crew.changed:  # where a main channel is here, it is the job that waits
+            waiting = [] if self.mains else list(self.channels)
+        for caller in [caller for caller in waiting if now >= self._end_of(caller)]:
+            self.dismiss(caller, "is a channel of a migration whose main channel is not here")
+
+    def _hear(self, caller: Caller) -> None:
+        """What they have said meanwhile."""
+        try:
+            while caller in self._unknown:
+                # No byte behind a channel's init packet.
+                limit = READ if caller.parser is not None else INIT.size - len(caller.data)
+                data = caller.connection.take(limit)
+                if data is None:
+                    return
+                caller.data += data
+                if not data:
+                    self._end(caller)
+                elif caller.parser is not None:
+                    self._follow(caller, data)
+                else:
+                    self._identify(caller)
+        except MultifdError as error:
+            if caller.parser is not None and isinstance(error, PeerError):
+                self._fail(caller, error)
+            else:
+                self._forget(caller)
+                self._turn_away(caller, str(error).removeprefix(caller.name).lstrip(" :"))
+
+    def _identify(self, caller: Caller) -> None:
+        """Raises PeerError for what is no beginning of a connection."""
+        if len(caller.data) < MAGIC.size:
+            return
+        (magic,) = MAGIC.unpack_from(caller.data)
+        if magic == VM_FILE_MAGIC:
+            caller.parser = Parser(self._page_size)
+            self._follow(caller, bytes(caller.data))
+        elif magic != MULTIFD_MAGIC:
+            raise PeerError(foreign(caller.data))
+        elif len(caller.data) == INIT.size:
+            caller.init = InitPacket.unpack(caller.data)
+            self._known(caller, self.channels)
+
+    def _follow(self, caller: Caller, data: bytes) -> None:
+        """A main channel to its list of RAM blocks.  Raises PeerError for what is no migration."""
+        assert caller.parser is not None
+        caller.parser.feed(data)
+        for event in caller.parser.events():
+            if isinstance(event, Configuration):
+                caller.configuration = event
+            elif isinstance(event, BlockList):
+                self._known(caller, self.mains)
+                return
+        if len(caller.data) > MOST_HEAD:
+            raise PeerError(f"no list of RAM blocks in {MOST_HEAD} bytes")
+
+    def _end(self, caller: Caller) -> None:
+        """They have closed."""
+        count = len(caller.data)
+        if caller.parser is not None:
+            self._fail(caller, Ended(f"the stream ended at byte {count}, before its RAM blocks were listed"))
+        else:
+            self._forget(caller)
+            self._turn_away(
+                caller, f"ended after {count} bytes: is it a migration?" if count else "closed without a byte"
+            )
+
+    def _fail(self, caller: Caller, failure: PeerError) -> None:
+        """A main channel that does not list its blocks: a migration that failed, unless it may be a stranger's."""
+        others = [other for other in self._unknown if other is not caller and (not other.data or other.parser)]
+        with self._crew.changed:
+            alone = not others and not self.mains and not self.busy
+            belongs = (
+                bool(self.channels) or caller.configuration is not None or not isinstance(failure, (Ended, Stalled))
+            )
+        if alone and belongs:
+            caller.failure = failure
+            self._known(caller, self.mains)
+        else:
+            self._forget(caller)
+            self._turn_away(caller, f"began a main channel and did not go on: {failure}")
+
+    def _known(self, caller: Caller, where: list[Caller]) -> None:
+        """It waits for the job now."""
+        self._forget(caller)
+        with self._crew.changed:
+            where.append(caller)
+            self._crew.changed.notify_all()
+
+    def _forget(self, caller: Caller) -> None:
+        self._unknown.remove(caller)
+        self._selector.unregister(caller.connection)
+
+    def _turn_away(self, caller: Caller, why: str) -> None:
+        if caller.init is not NO_CHANNEL:
+            self._parting.add([caller.connection])
+        elif caller.parser is not None:
+            caller.connection.abort()
+        else:
+            caller.connection.close()
+        self._strangers[why] += 1
+        if self._strangers[why] == 1:
+            _warn(f"{caller.name} {why}: ignored")
+        if len(self._strangers) > 1000:  # who says something else each time
+            self._strangers.clear()
+
+
+def foreign(data: Buffer) -> str:
+    """What is wrong with somebody's first bytes."""
+    (magic,) = MAGIC.unpack_from(data)
+    tls = ": it speaks TLS, this side does not" if bytes(data[:2]) == b"\x16\x03" else ""
+    return (
+        f"begins with {magic:#010x}, neither a migration ({VM_FILE_MAGIC:#010x}) nor a multifd channel "
+        f"({MULTIFD_MAGIC:#010x}){tls}"
+    )
+
+
+def _warn(text: str) -> None:
+    """A stranger ends nothing, also where warnings are errors."""
+    with suppress(RuntimeWarning):
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
