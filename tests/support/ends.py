@@ -106,6 +106,12 @@ def equal(snapshot: Path, memory: Snapshot) -> None:
     assert found.device_state.read_bytes() == memory.device_state.read_bytes()
 
 
+def equal_ram(snapshot: Path, memory: bytes) -> None:
+    """Opened, its RAM block is that."""
+    (found,) = [item for item in multifd.open_snapshot(snapshot).blocks if item.block.idstr == "pc.ram"]
+    assert found.path.read_bytes() == memory
+
+
 def signalled(case: Case, victim: Command, number: int, began: float, *, done: bool) -> None:
     """It has got this signal: it ends soon, with the code for it, or with 0 where it was done; a relay always is."""
     code = victim.ends(PROMPT)
