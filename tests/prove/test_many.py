@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,7 +70,7 @@ def beside(uri: str, stranger: str | None) -> Iterator[None]:
 
 def migrate(work: Path, number: int, content: bytes, stranger: str | None) -> None:
     """One that arrives as it was sent, though somebody else calls before.  Raises MultifdError."""
-    times = {"timeout": PATIENCE, "first_timeout": 2 * PATIENCE, "idle_timeout": 2 * PATIENCE}
+    times: dict[str, Any] = {"timeout": PATIENCE, "first_timeout": 2 * PATIENCE, "idle_timeout": 2 * PATIENCE}
     there = peers.Receiving(work / "snap", f"unix:{work}/there", digests=False, **times)
     here, method = f"unix:{work}/here", METHODS[number % len(METHODS)]
     with beside(here, stranger):
