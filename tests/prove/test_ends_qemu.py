@@ -1,6 +1,6 @@
 """Whoever ends, with a real QEMU at the other end or at both: no guest is left standing, and none is there twice.
 
-The same moments as in `test_ends.py`, of a guest that runs.
+The same moments as in `test_ends.py`, of a guest that runs; and `receive` fails where its connections are cut.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 import ends
 import peers
 import prove
-from ends import PROMPT, SIGNALS, Case, Course
+from ends import PHASES, PROMPT, SIGNALS, Case, Course
 from gates import Gate, Moment, Monitor
 from processes import Command
 from qemus import FAILING_CHANNELS, RELEASES, Qemu, Start, binary, content, qemus
@@ -26,6 +26,8 @@ from standin import Missing
 #: Where it may fail.
 CHANNELS = {"7.2": 2, "10.0": FAILING_CHANNELS}
 TIMES = 2
+CASES = ends.cases(TIMES)
+CASES += [Case(len(CASES) + more, "receive", "cut", phase) for more, phase in enumerate(PHASES[:3] * TIMES)]
 #: A sample has one of each combination with our own ends already.
 SAMPLE = 4
 #: Seconds for a QEMU on a busy machine to find out that its migration has ended.
@@ -133,6 +135,8 @@ class Scene:
             ends.signalled(case, command, number, began, done=gate.shut)
         elif case.action == "kill":
             command.told(signal.SIGKILL, PROMPT)
+        elif case.action == "cut":
+            gate.cut()
         else:
             command.send(signal.SIGSTOP)
             gate.open()
@@ -169,7 +173,8 @@ def receive(scene: Scene) -> None:
         assert not (work / "here").exists()
         assert list(work.glob(".snap*")) == []
     source.wait("completed" if gate.shut else "failed", "cancelled", seconds=SOON)
-    if case.action == "signal" and (not gate.shut or then == "resume"):
+    assert case.action != "cut" or code == 1
+    if case.action in ("signal", "cut") and (not gate.shut or then == "resume"):
         assert peers.eventually(lambda: runs(source), SOON), f"the guest stands: {command.log.read_text()}"
 
 
@@ -232,7 +237,7 @@ def relay(scene: Scene) -> None:
 JOBS = {"receive": receive, "send": send, "relay": relay}
 
 
-@pytest.mark.parametrize("case", prove.sample(ends.cases(TIMES), SAMPLE), ids=str)
+@pytest.mark.parametrize("case", prove.sample(CASES, SAMPLE), ids=str)
 def test_a_moment(start: Start, work: Path, measured: dict[str, Measured], case: Case) -> None:
     with ExitStack() as stack:
         JOBS[case.victim](Scene(work, start, case, measured, stack))

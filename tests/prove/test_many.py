@@ -71,15 +71,16 @@ def beside(uri: str, stranger: str | None) -> Iterator[None]:
 def migrate(work: Path, number: int, content: bytes, stranger: str | None) -> None:
     """One that arrives as it was sent, though somebody else calls before.  Raises MultifdError."""
     times: dict[str, Any] = {"timeout": PATIENCE, "first_timeout": 2 * PATIENCE, "idle_timeout": 2 * PATIENCE}
-    there = peers.Receiving(work / "snap", f"unix:{work}/there", digests=False, **times)
+    snapshot = work / f"snap{number}"
+    there = peers.Receiving(snapshot, f"unix:{work}/there", digests=False, **times)
     here, method = f"unix:{work}/here", METHODS[number % len(METHODS)]
-    with beside(here, stranger):
-        try:
+    try:
+        with beside(here, stranger):
             multifd.send(work / "image.raw", here, method, timeout=PATIENCE)
-        finally:
-            there.join()
-    assert (work / "snap" / "0-pc.ram.raw").read_bytes() == content
-    shutil.rmtree(work / "snap")
+    finally:
+        there.join()
+    assert (snapshot / "0-pc.ram.raw").read_bytes() == content
+    shutil.rmtree(snapshot)
 
 
 class Watched:

@@ -138,7 +138,7 @@ def counting(request: pytest.FixtureRequest, whose: str) -> Iterator[None]:
     yield
     lines = [f"{whose}: {COUNTS.total()} moments in {time.monotonic() - began:.0f} s"]
     lines.append(f"{'':16}" + "".join(f"{phase:>12}" for phase in PHASES))
-    for victim, action in itertools.product(VICTIMS, ACTIONS):
+    for victim, action in dict.fromkeys((victim, action) for victim, action, _ in COUNTS):
         found = "".join(f"{COUNTS[victim, action, phase]:12}" for phase in PHASES)
         lines.append(f"{victim + ' ' + action:16}{found}")
     late = sum(seconds > PROMISED for seconds in PROMPTLY)

@@ -129,6 +129,11 @@ class Gate(Passing):
             self._open = True
             self._changed.notify_all()
 
+    def cut(self) -> None:
+        """The network is gone: both sides see it."""
+        _hang_up(*self._socks)
+        self.open()
+
     def close(self) -> None:
         self.open()
         super().close()
