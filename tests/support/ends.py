@@ -83,15 +83,16 @@ class Course:
         return cls(blocks_end(gate.main), devices, gate.passed, begin)
 
     def moment(self, phase: str, mix: random.Random) -> Moment:
-        """One in this phase."""
+        """One in this phase: for the same `mix` at the same share of it, however well it was compressed today."""
+        share = mix.random()
         if phase == "set-up":
-            return Moment("main", mix.randrange(self.blocks))
+            return Moment("main", int(share * self.blocks))
         if phase == "rounds":
             # Not the last tenth: a running guest does not send the same twice.
-            after = mix.randrange(self.begin + 1, self.channels * 9 // 10)
+            after = self.begin + 1 + int(share * (self.channels * 9 // 10 - self.begin))
             return Moment("channels", after, first=self.blocks)
         if phase == "switchover":
-            return Moment("main", mix.randrange(self.devices), DEVICES)
+            return Moment("main", int(share * self.devices), DEVICES)
         return Moment("shut")
 
 
