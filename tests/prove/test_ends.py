@@ -87,7 +87,8 @@ class Chain:
         if self.long and moment.stream == "main":
             moment = replace(moment, after=max(4, moment.after))  # somebody's main channel, for whom clocks run
         there, here, gate = (f"unix:{work}/{name}" for name in ("there", "here", "gate"))
-        self.relay_arguments = ("relay", "--listen", here, "--connect", there if self.at_source else gate, "--to", to)
+        onward = there if self.at_source else gate
+        self.relay_arguments = ("relay", "--listen", here, "--connect", onward, "--to", to)
         idle = ("--idle-timeout", PATIENCE) if self.long else ()
         self.receive = self._start("receive", "receive", there, "-o", work / "snap", *idle)
         self.relay = self._start("relay", *self.relay_arguments) if relayed else None
@@ -153,8 +154,8 @@ class Chain:
             assert sent in (0, 1), said
         if case.phase == "shut" and (case.victim == "receive" or (case.victim, case.action) == ("relay", "signal")):
             assert sent == 0, said  # else the guest would be at both
-        if case.action == "stop" and not self.long:
-            assert (sent, received) == (0, 0), said
+        if case.action == "stop":
+            assert {sent, received} <= ({0, 1} if self.long else {0}), said
         # Nothing comes to it any more; behind another one, what is on its way may be all that was missing.
         cut_off = case.victim == "receive" or (case.victim == "relay" and self.at_source)
         if cut_off and case.action != "stop" and case.phase != "shut" and not self.opened_before:
@@ -181,13 +182,11 @@ class Chain:
             self.relay = self._start("relay again", *self.relay_arguments)
             self.relay.listens()
         stream = streams.small(return_path=True)
-        there = peers.Receiving(work / "again", f"unix:{work}/there", channels=1)
-        uri = there.uri
+        there = peers.Receiving(work / "again", f"unix:{work}/there", channels=1, first_timeout=PROMPT)
         with ExitStack() as stack:
-            if self.relay is not None:
-                beyond = Gate(work / "gate", uri if self.relay_arguments[4].endswith("gate") else self.relay_uri)
-                stack.callback(beyond.close)
-                uri = self.relay_uri
+            if not self.at_source:
+                stack.callback(Gate(work / "gate", there.uri).close)
+            uri = there.uri if self.relay is None else f"unix:{work}/here"
             assert peers.play(uri, [stream.main, *stream.channels], 65536).endswith(streams.SHUT_DONE)
             there.join()
         if self.relay is not None:
@@ -195,10 +194,6 @@ class Chain:
             assert code == 0, self.relay.log.read_text()
             ends.PROMPTLY.append(seconds)
             assert not (work / "here").exists()
-
-    @property
-    def relay_uri(self) -> str:
-        return str(self.relay_arguments[2])
 
 
 @pytest.mark.parametrize("case", ends.chosen(TIMES), ids=str)
