@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import streams
-from peers import TIMEOUT, dial, eventually
+from peers import TIMEOUT, eventually
 
 #: Where the list of the RAM blocks begins on the main channel, and the device state.
 RAM = b"\x03ram" + struct.pack(">II", 0, 4)
@@ -37,7 +37,7 @@ class Moment:
 
 
 class Passing:
-    """Listens at a Unix socket and passes what comes to `target`, each connection's two directions by a thread."""
+    """Listens at a Unix socket and passes what comes to `target`, another; each direction of each has a thread."""
 
     def __init__(self, path: Path, target: str) -> None:
         self.uri = f"unix:{path}"
@@ -59,13 +59,22 @@ class Passing:
                 here, _ = self._server.accept()
                 self._socks.append(here)
                 try:
-                    there = dial(self._target)  # in the order in which they came: QEMU 7.2 goes by it
+                    there = self._call()  # in the order in which they came: QEMU 7.2 goes by it
                 except OSError:
                     here.shutdown(socket.SHUT_RDWR)
                     continue
                 self._socks.append(there)
                 self._start(self._forth, here, there)
                 self._start(self._back, there, here)
+
+    def _call(self) -> socket.socket:
+        there = socket.socket(socket.AF_UNIX)
+        try:
+            there.connect(self._target.removeprefix("unix:"))
+        except OSError:
+            there.close()
+            raise
+        return there
 
     def _forth(self, here: socket.socket, there: socket.socket) -> None:
         raise NotImplementedError
@@ -74,9 +83,10 @@ class Passing:
         raise NotImplementedError
 
     def close(self) -> None:
-        for sock in (self._server, *self._socks):
-            with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+        """Nobody else is taken, and those that were are hung up on."""
+        _hang_up(self._server)
+        self._threads[0].join(TIMEOUT)
+        _hang_up(*self._socks)
         for thread in self._threads:
             thread.join(TIMEOUT)
             assert not thread.is_alive()
