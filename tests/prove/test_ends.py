@@ -20,7 +20,7 @@ import ends
 import multifd
 import peers
 import streams
-from captures import OWN_CAPTURES
+from captures import OWN_CAPTURES, check, load_captures
 from ends import PROMPT, SIGNALS, Case, Course
 from gates import Gate
 from processes import Command
@@ -41,7 +41,9 @@ def _counts(request: pytest.FixtureRequest) -> Iterator[None]:
 def guest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A snapshot of 16 MiB, with a real QEMU's device state."""
     path = tmp_path_factory.mktemp("guest") / "snap"
-    multifd.receive(f"recording:{OWN_CAPTURES}/q100-m72-zlib-2ch", path)
+    capture = load_captures(OWN_CAPTURES)["q100-m72-zlib-2ch"]
+    multifd.receive(f"recording:{capture.directory}", path)
+    check(path, capture)
     return path
 
 
