@@ -183,6 +183,10 @@ class Chain:
             assert (work / "here").exists() == (case.action == "kill")
             self.relay = self._start("relay again", *self.relay_arguments)
             self.relay.listens()
+        elif self.relay is not None:
+            # It serves one at a time: the next is refused until it has seen how this one ended, and told it.
+            log = self.relay.log
+            peers.eventually(lambda: log.read_bytes().count(b"\n") > 1, PATIENCE)
         stream = streams.small(return_path=True)
         there = peers.Receiving(work / "again", f"unix:{work}/there", channels=1, first_timeout=PROMPT)
         with ExitStack() as stack:
