@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import resource
 import socket
@@ -134,11 +133,11 @@ def endless_main(uri: str, wrap: Wrap = None) -> list[socket.socket]:
 
 def pour(sock: socket.socket, head: bytes, again: bytes, most: int, seconds: float = 0.2) -> None:
     """Send that and then the other again and again, as long as it is taken."""
-    sock.sendall(head)
     piece = again * (65536 // len(again))
     sock.settimeout(seconds)
     deadline = time.monotonic() + seconds
     with suppress(OSError):
+        sock.sendall(head)
         while most > 0 and time.monotonic() < deadline:
             most -= sock.send(piece)
     sock.settimeout(peers.TIMEOUT)
@@ -159,6 +158,11 @@ def foreign_stream(*, tells: bool = True) -> streams.Stream:
         for data in stream.channels
     ]
     return streams.Stream(main, channels)
+
+
+def come_whole(uri: str, stream: streams.Stream) -> list[socket.socket]:
+    """A whole source, main channel first, that says all of it and waits."""
+    return [sock for data in (stream.main, *stream.channels) for sock in says(data, stays=True)(uri, None)]
 
 
 #: Up to the block list.
@@ -203,6 +207,30 @@ MEANWHILE: dict[str, Stranger] = {
     "is a main channel that says nothing of its VM": says(foreign_stream(tells=False).main, stays=True, encrypted=True),
     "has an id that is taken": channel(0, streams.UUID),
 }
+
+
+def trickle(uri: str, heads: dict[str, bytes], wrap: Wrap, wait: float = 0.25) -> set[str]:
+    """All at once, a byte from time to time of each; who had to go before all was said.  `TLS` is said in the clear."""
+    gone = set()
+
+    def say(who: str, data: bytes) -> None:
+        with suppress(OSError), dial(uri, None if who == "TLS" else wrap) as sock:
+            for at in range(len(data)):
+                try:
+                    sock.sendall(data[at : at + 1])
+                except OSError:
+                    gone.add(who)
+                    return
+                if is_gone(sock, wait):
+                    gone.add(who)
+                    return
+
+    threads = [threading.Thread(target=say, args=item) for item in heads.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return gone
 
 
 def silent(uri: str, count: int, host: str = "") -> list[socket.socket]:
@@ -267,7 +295,8 @@ class Source:
         header = streams.header_length(65536)
         cuts = (64 + 2 * header + 65536, 64 + header)
         self.head = head
-        self._first = [head + start + PING, *(data[:cut] for data, cut in zip(stream.channels, cuts, strict=True))]
+        self.blocks = start + PING
+        self._first = [head + self.blocks, *(data[:cut] for data, cut in zip(stream.channels, cuts, strict=True))]
         self._rest = [rest, *(data[cut:] for data, cut in zip(stream.channels, cuts, strict=True))]
 
     def __enter__(self) -> Self:
@@ -300,7 +329,7 @@ class Source:
             self._hear()
 
     def finish(self) -> None:
-        """Go on to the end, which the destination confirms."""
+        """Go on to the end, which the destination confirms; as QEMU's, it closes when it has its answer."""
         missing = [number for number in range(3) if number not in self._socks]
         if missing:
             self.begin(self._uri, *missing)
@@ -309,6 +338,8 @@ class Source:
         while self.answer[-8:-4] != streams.SHUT_DONE[:4]:
             self._hear()
         assert self.answer.endswith(streams.SHUT_DONE)
+        for sock in self._socks.values():
+            sock.close()
 
     def _hear(self) -> None:
         data = self._socks[0].recv(4096)
@@ -323,7 +354,7 @@ def receiving(output: Path, uri: str = "tcp:127.0.0.1:0", **options: Any) -> Ite
     try:
         yield job
     finally:
-        with suppress(MultifdError):
+        with suppress(MultifdError, AssertionError):  # the test has joined it, or failed before
             job.join()
 
 
@@ -375,9 +406,6 @@ class Serving:
         found = re.search(r"VmHWM:\s+(\d+) kB", status)
         assert found, status
         return int(found[1]) << 10
-
-    def descriptors(self) -> int:
-        return len(os.listdir(f"/proc/{self._process.pid}/fd"))
 
     def wait(self) -> int:
         """Its exit code."""
