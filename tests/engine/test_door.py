@@ -119,16 +119,11 @@ def test_it_listens_until_all_have_come(work: Path, where: str) -> None:
 # --- places, and how long one keeps its own ---
 
 
-@pytest.mark.parametrize("encrypted", [False, True])
-def test_a_crowd_that_says_nothing(
-    work: Path, creds: Path | None, wrap: strangers.Wrap, held: list[socket.socket], encrypted: bool
-) -> None:
-    """It is silent within TLS, or in front of it."""
-    if encrypted and wrap is None:
-        pytest.skip("there is no TLS to be silent in")
-    with receiving(work / "snap", tls_creds=creds) as job, Source(wrap) as source:
-        if encrypted:
-            held += [strangers.dial(job.uri, wrap) for _ in range(CROWD - 20)]  # all have a place: each is greeted
+def test_a_crowd_that_says_nothing_in_tls(work: Path, keys: Path, held: list[socket.socket]) -> None:
+    """Some have done their handshake, more have not."""
+    wrap = strangers.tls(keys)
+    with receiving(work / "snap", tls_creds=keys) as job, Source(wrap) as source:
+        held += [strangers.dial(job.uri, wrap) for _ in range(CROWD - 20)]  # all have a place: each is greeted
         held += strangers.silent(job.uri, CROWD)
         source.begin(job.uri)
         source.finish()
@@ -151,7 +146,7 @@ def test_nobody_is_turned_away_who_is_young(work: Path, held: list[socket.socket
         job.join()
 
 
-@pytest.mark.parametrize("first", ["the main channel", "the crowd"])
+@pytest.mark.parametrize(("creds", "first"), [(None, "the main channel"), ("tls", "the crowd")], indirect=["creds"])
 def test_a_main_channel_that_waits_for_its_others(
     work: Path, creds: Path | None, wrap: strangers.Wrap, held: list[socket.socket], first: str
 ) -> None:
@@ -171,10 +166,11 @@ def test_a_main_channel_that_waits_for_its_others(
     assert strangers.memory(work / "snap") == source.ram
 
 
-def test_who_trickles(work: Path, creds: Path | None, wrap: strangers.Wrap) -> None:
+def test_who_trickles(work: Path, keys: Path) -> None:
     """What comes byte by byte is right, but not there in time: all go at a time that was set when they came."""
     heads = {"a channel": streams.init(0, FOREIGN), "a main channel": Source().head, "TLS": strangers.client_hello()}
-    with receiving(work / "snap", tls_creds=creds, timeout=2) as job, Source(wrap) as source:
+    wrap = strangers.tls(keys)
+    with receiving(work / "snap", tls_creds=keys, timeout=2) as job, Source(wrap) as source:
         gone = strangers.trickle(job.uri, heads, wrap)
         source.begin(job.uri)
         source.finish()

@@ -149,24 +149,22 @@ def test_all_of_them_at_a_unix_socket(work: Path, held: list[socket.socket]) -> 
 # --- places, and how long one keeps its own ---
 
 
-def test_a_crowd_that_says_nothing(
-    work: Path, creds: Path | None, wrap: strangers.Wrap, held: list[socket.socket]
-) -> None:
+def test_a_crowd_that_says_nothing(work: Path, held: list[socket.socket]) -> None:
     """Before a migration, and more of them in the middle of it."""
-    with closing(Relaying(f"unix:{work}/there", 2, listen_tls_creds=creds)) as relaying:
+    with closing(Relaying(f"unix:{work}/there", 2)) as relaying:
         held += strangers.silent(relaying.uri, CROWD)
-        with receiving(work / "snap", f"unix:{work}/there") as job, Source(wrap) as source:
+        with receiving(work / "snap", f"unix:{work}/there") as job, Source() as source:
             source.begin(relaying.uri)
             source.moves()
             held += strangers.silent(relaying.uri, CROWD)
             source.finish()
             job.join()
-        serve(relaying, work / "next", wrap)
+        serve(relaying, work / "next")
         whole(relaying, 2)
     assert strangers.memory(work / "snap") == source.ram
 
 
-@pytest.mark.parametrize("first", ["the main channel", "the crowd"])
+@pytest.mark.parametrize(("creds", "first"), [("tls", "the main channel"), (None, "the crowd")], indirect=["creds"])
 def test_a_main_channel_that_waits_for_its_others(
     work: Path, creds: Path | None, wrap: strangers.Wrap, held: list[socket.socket], first: str
 ) -> None:
@@ -191,12 +189,12 @@ def test_a_main_channel_that_waits_for_its_others(
     assert strangers.memory(work / "snap") == source.ram
 
 
-def test_who_trickles(work: Path, creds: Path | None, wrap: strangers.Wrap) -> None:
+def test_who_trickles(work: Path) -> None:
     """What comes byte by byte is right, but not there in time: all go at a time that was set when they came."""
     heads = {"a channel": streams.init(0, FOREIGN), "a main channel": Source().head, "TLS": strangers.client_hello()}
-    with closing(Relaying(f"unix:{work}/there", listen_tls_creds=creds, timeout=2)) as relaying:
-        gone = strangers.trickle(relaying.uri, heads, wrap)
-        serve(relaying, work / "snap", wrap)
+    with closing(Relaying(f"unix:{work}/there", timeout=2)) as relaying:
+        gone = strangers.trickle(relaying.uri, heads, None)
+        serve(relaying, work / "snap")
         whole(relaying)
     assert gone == heads.keys()
 

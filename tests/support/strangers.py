@@ -353,6 +353,11 @@ def receiving(output: Path, uri: str = "tcp:127.0.0.1:0", **options: Any) -> Ite
     job = peers.Receiving(output, uri, **{"first_timeout": 15.0} | options)
     try:
         yield job
+    except BaseException:
+        with suppress(OSError, AssertionError), Source(patience=3) as source:  # it may be waiting for one still
+            source.begin(job.uri)
+            source.finish()
+        raise
     finally:
         with suppress(MultifdError, AssertionError):  # the test has joined it, or failed before
             job.join()
