@@ -123,9 +123,11 @@ def test_a_crowd_that_says_nothing_in_tls(work: Path, keys: Path, held: list[soc
     """Some have done their handshake, more have not."""
     wrap = strangers.tls(keys)
     with receiving(work / "snap", tls_creds=keys) as job, Source(wrap) as source:
+        began = time.monotonic()
         held += [strangers.dial(job.uri, wrap) for _ in range(CROWD - 20)]  # all have a place: each is greeted
         held += strangers.silent(job.uri, CROWD)
         source.begin(job.uri)
+        assert time.monotonic() - began > 1.9, "until somebody was 2 s old nobody more was greeted"
         source.finish()
         job.join()
     assert strangers.memory(work / "snap") == source.ram

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -300,17 +300,21 @@ def test_a_migration_begins_with_its_block_list(work: Path, held: list[socket.so
     assert '"complete": true' in line
 
 
-@pytest.mark.parametrize("job", ["receive", "relay"])
-def test_each_is_told_once(work: Path, job: str) -> None:
-    """With its address; and however many come after it, the log does not grow with them."""
+@contextmanager
+def serving(job: str, snapshot: Path) -> Iterator[Serving]:
+    """Either command for one migration, which comes into the snapshot."""
     with ExitStack() as stack:
+        options = ["tcp:127.0.0.1:0", "-o", snapshot]
         if job == "relay":
-            there = stack.enter_context(receiving(work / "snap", f"unix:{work}/there"))
+            there = stack.enter_context(receiving(snapshot, f"unix:{snapshot.parent}/there"))
             options = ["--listen", "tcp:127.0.0.1:0", "--connect", there.uri, "--migrations", 1]
-        else:
-            options = ["tcp:127.0.0.1:0", "-o", work / "snap"]
-        command = stack.enter_context(Serving(job, *options))
-        held = stack.enter_context(strangers.closing([]))
+        yield stack.enter_context(Serving(job, *options))
+
+
+@pytest.mark.parametrize("job", ["receive", "relay"])
+def test_each_is_told_once(work: Path, held: list[socket.socket], job: str) -> None:
+    """With its address; and however many come after it, the log does not grow with them."""
+    with serving(job, work / "snap") as command:
         (first,) = strangers.KINDS["speaks HTTP"](command.uri, None)
         held.append(first)
         address = "{}:{}".format(*first.getsockname())
@@ -392,7 +396,7 @@ def counted_in_few_lines(said: list[str]) -> None:
 
 
 @pytest.mark.parametrize("job", ["receive", "relay"])
-def test_what_they_send_is_not_kept(work: Path, job: str) -> None:
+def test_what_they_send_is_not_kept(work: Path, held: list[socket.socket], job: str) -> None:
     """Each sends what it can: behind its init packet, in front of a block list, in a header without an end."""
     pours = {
         "channel": (streams.init(0, strangers.FOREIGN), bytes(4096)),
@@ -400,14 +404,7 @@ def test_what_they_send_is_not_kept(work: Path, job: str) -> None:
         "name": (streams.FILE_HEADER + b"\x07\xff\xff\xff\xf0", b"name"),
         "HTTP": (b"GET / HTTP/1.1\r\n", b"X-Header: 1\r\n"),
     }
-    with ExitStack() as stack:
-        if job == "relay":
-            there = stack.enter_context(receiving(work / "snap", f"unix:{work}/there"))
-            options = ["--listen", "tcp:127.0.0.1:0", "--connect", there.uri, "--migrations", 1]
-        else:
-            options = ["tcp:127.0.0.1:0", "-o", work / "snap"]
-        command = stack.enter_context(Serving(job, *options))
-        held = stack.enter_context(strangers.closing([]))
+    with serving(job, work / "snap") as command:
         before = command.peak()
         for _ in range(12):
             for head, again in pours.values():
@@ -421,4 +418,26 @@ def test_what_they_send_is_not_kept(work: Path, job: str) -> None:
             source.finish()
         assert command.wait() == 0, command.said[-3:]
     assert after < before + ALLOWANCE
+    assert strangers.memory(work / "snap") == source.ram
+
+
+@pytest.mark.parametrize("job", ["receive", "relay"])
+def test_who_waits_is_waited_for_asleep(work: Path, held: list[socket.socket], job: str) -> None:
+    """Whatever they have said, and have left to be read."""
+    with serving(job, work / "snap") as command:
+        for come in strangers.KINDS.values():
+            held += come(command.uri, None)
+        for head in (streams.init(0, strangers.FOREIGN), Source().head, b"Q"):
+            sock = peers.dial(command.uri)
+            held.append(sock)
+            strangers.pour(sock, head, bytes(4096), MIB, 0.05)
+            sock.shutdown(socket.SHUT_WR)
+        time.sleep(0.3)
+        before = command.busy()
+        time.sleep(1)
+        assert command.busy() - before < 0.5
+        with Source() as source:
+            source.begin(command.uri)
+            source.finish()
+        assert command.wait() == 0, command.said[-3:]
     assert strangers.memory(work / "snap") == source.ram

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import socket
@@ -91,6 +92,13 @@ def scan(uri: str, wrap: Wrap = None) -> list[socket.socket]:
     return []
 
 
+def half_closed(uri: str, wrap: Wrap = None) -> list[socket.socket]:
+    """Says that it will say nothing more, and waits."""
+    sock = dial(uri)
+    sock.shutdown(socket.SHUT_WR)
+    return [sock]
+
+
 def client_hello() -> bytes:
     outgoing = ssl.MemoryBIO()
     with suppress(ssl.SSLWantReadError):
@@ -173,6 +181,7 @@ FOREIGN_HEAD = streams.FILE_HEADER + streams.configuration(page_bits=16, uuid=FO
 KINDS: dict[str, Stranger] = {
     "connects and closes": says(b"", stays=False),
     "connects and resets": scan,
+    "closes its half": half_closed,
     "sends one byte": says(b"Q", stays=True),
     "sends one byte and closes": says(b"\x11", stays=False),
     "is silent": says(b"", stays=True),
@@ -411,6 +420,11 @@ class Serving:
         found = re.search(r"VmHWM:\s+(\d+) kB", status)
         assert found, status
         return int(found[1]) << 10
+
+    def busy(self) -> float:
+        """Seconds of a processor's time so far."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def wait(self) -> int:
         """Its exit code."""
