@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-pytest.register_assert_rewrite("captures", "commands", "peers", "qemus", "relaying", "streams")
+pytest.register_assert_rewrite("captures", "commands", "peers", "qemus", "relaying", "strangers", "streams")
 
 import prove
 import standin as standin_module

@@ -23,7 +23,11 @@ def dial(uri: str) -> socket.socket:
     scheme, _, rest = uri.partition(":")
     if scheme == "unix":
         sock = socket.socket(socket.AF_UNIX)
-        sock.connect(rest)
+        try:
+            sock.connect(rest)
+        except OSError:
+            sock.close()
+            raise
     else:
         host, _, port = rest.rpartition(":")
         sock = socket.create_connection((host.strip("[]"), int(port)))
