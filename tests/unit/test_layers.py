@@ -47,6 +47,7 @@ ROOMS = {
         "observe.observers",
         "engine.sender",
         "engine.receiver",
+        "qemu.monitor",
         "jobs",
         "testing.checks",
     },

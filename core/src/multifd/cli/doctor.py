@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     with Monitor(arguments.destination_qmp, arguments.timeout) as monitor:
         destination = doctor.examine(monitor)
     troubles = doctor.compare(source, destination)
-    advice = doctor.advise(source)
+    advice = doctor.advise(source, destination)
     if arguments.json:
         found = {
             "source": asdict(source),

@@ -138,11 +138,10 @@ def receive(
             cleanup.enter_context(every(0.5, lambda: on_progress(job.progress())))
         try:
             result = job.run(first_timeout)
-        except MultifdError as error:
-            if driver is None:
-                raise
-            connections.close()  # first: while QEMU writes to them, its monitor does not answer
-            raise driver.explain(error) from error
+        except BaseException as error:
+            if driver is not None:
+                driver.give_up(error, connections.close)
+            raise
         if digests:
             last.callback(job.add_digests)  # the guest has waited long enough
         if driver is not None:
