@@ -17,7 +17,8 @@ import peers
 import streams
 from certificates import Authority
 from multifd import open_snapshot
-from multifd.errors import CallerError, MultifdError, PeerError, UsageError
+from multifd.crew import Crew
+from multifd.errors import CallerError, Cancelled, MultifdError, PeerError, UsageError
 from multifd.net.deadline import Silence
 from multifd.net.security import warn_exposed
 from multifd.net.socket import SocketConnection
@@ -58,15 +59,19 @@ def test_relay_on_either_leg(work: Path, creds: Path, legs: tuple[bool, bool], t
 
 
 def refused(work: Path, here: Path | None, there: Path | None, **options: Any) -> tuple[str, str]:
-    """What the source and the destination say of a migration that must not come through."""
+    """What the source and the destination say of a migration that must not come through; the latter waits on."""
     (work / "image.raw").write_bytes(images.memory()[: 1 << 20])
-    job = peers.Receiving(work / "snap", tls_creds=there)
-    with pytest.raises(MultifdError) as told:
-        multifd.send(open_snapshot(work / "image.raw"), job.uri, tls_creds=here, **options)
-    with pytest.raises(PeerError) as answer:
+    crew = Crew()
+    job = peers.Receiving(work / "snap", tls_creds=there, crew=crew)
+    with pytest.warns(RuntimeWarning, match=": ignored$") as answer:
+        with pytest.raises(MultifdError) as told:
+            multifd.send(open_snapshot(work / "image.raw"), job.uri, tls_creds=here, **options)
+        assert peers.eventually(lambda: len(answer) > 0)
+    crew.cancel()
+    with pytest.raises(Cancelled):
         job.join()
     assert not (work / "snap").exists()
-    return str(told.value), str(answer.value)
+    return str(told.value), str(answer[0].message)
 
 
 def test_a_stranger_on_either_side(work: Path, creds: Path) -> None:

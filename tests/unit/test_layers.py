@@ -16,6 +16,7 @@ CORE = TOP / "core" / "src" / "multifd"
 #: though never in a circle.
 LAYERS = [
     "errors",
+    "crew",
     "wire",
     "hookspecs",
     "formats",
@@ -38,15 +39,19 @@ TABLES = {"__init__", "_compat"}
 #: Names that only these may import, modules or whole packages.
 ROOMS = {
     "socket": {"net"},
-    "select": {"net"},
+    "select": {"net", "cli.signals"},
+    "selectors": {"net.door"},
     "ssl": {"net.tls"},
     "threading": {
+        "crew",
+        "cli.signals",
         "net.tls",
         "codec.readers",
         "effort.controller",
         "observe.observers",
         "engine.sender",
         "engine.receiver",
+        "qemu.monitor",
         "jobs",
         "testing.checks",
     },

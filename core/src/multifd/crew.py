@@ -1,8 +1,12 @@
 """Threads that succeed or fail together, and whoever waits for them.
 
     crew = multifd.Crew()
-    threading.Timer(60, crew.cancel).start()
-    multifd.send("guest.raw", "unix:there.sock", crew=crew)
+    timer = threading.Timer(60, crew.cancel)
+    timer.start()
+    result = multifd.send("guest.raw", "unix:there.sock", crew=crew)
+    timer.cancel()
+    timer.join()
+    print(result.seconds)
 
 The first failure is the one that is raised, and ends all others; `cancel` is one, from any thread.  A crew is for one
 job.
@@ -43,11 +47,12 @@ class Crew:
         self._until = 0.0
         self._threads: list[threading.Thread] = []
         self._wakes: list[Callable[[], None]] = []
+        self._before_cancel: list[Callable[[], None]] = []
 
     @property
     def used(self) -> bool:
         """Whether there is anybody whom `cancel` reaches."""
-        return bool(self._threads or self._wakes)
+        return bool(self._threads or self._wakes or self._before_cancel)
 
     def spawn(self, name: str, action: Callable[[], None]) -> threading.Thread:
         """Do something in a thread of its own; what it raises fails the crew.
@@ -126,6 +131,10 @@ class Crew:
                 return
         wake()
 
+    def on_cancel(self, action: Callable[[], None]) -> None:
+        """What is done first where the job is cancelled, while nobody has been woken."""
+        self._before_cancel.insert(0, action)
+
     def wait_for(self, condition: Callable[[], object], seconds: float | None = None) -> bool:
         """Wait with `changed` held until a condition holds; False after so many seconds.
 
@@ -146,10 +155,14 @@ class Crew:
 
     def fail(self, error: BaseException) -> BaseException:
         """End the job with an error, unless it is over; returns the one that it ended with."""
+        cancelled = isinstance(error, (Cancelled, KeyboardInterrupt))
+        if cancelled and not self.over:
+            for action in self._before_cancel:
+                action()
         with self.changed:
             if not self.over:
                 self._failure = shortage(error)
-                self._end("cancelled" if isinstance(error, (Cancelled, KeyboardInterrupt)) else "failed")
+                self._end("cancelled" if cancelled else "failed")
             return self._failure or error
 
     def end(self) -> None:

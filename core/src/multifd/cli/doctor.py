@@ -26,12 +26,12 @@ def run(arguments: argparse.Namespace) -> int:
     from multifd.jobs import doctor
     from multifd.qemu.monitor import Monitor
 
-    with Monitor(arguments.source_qmp, arguments.timeout) as monitor:
+    with Monitor(arguments.source_qmp, arguments.timeout, arguments.crew) as monitor:
         source = doctor.examine(monitor)
-    with Monitor(arguments.destination_qmp, arguments.timeout) as monitor:
+    with Monitor(arguments.destination_qmp, arguments.timeout, arguments.crew) as monitor:
         destination = doctor.examine(monitor)
     troubles = doctor.compare(source, destination)
-    advice = doctor.advise(source)
+    advice = doctor.advise(source, destination)
     if arguments.json:
         found = {
             "source": asdict(source),

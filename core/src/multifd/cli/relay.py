@@ -20,6 +20,9 @@ from multifd.cli.options import (
 from multifd.cli.output import say, size_text, ways
 from multifd.errors import MultifdError, counted
 
+#: Seconds: where a destination has everything, its word is passed on before a signal is obeyed.
+PATIENCE = 3.0
+
 
 def configure(parser: argparse.ArgumentParser) -> Run:
     """Its options."""
@@ -61,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     from multifd.jobs.relay.server import Relay
     from multifd.net.deadline import DEFAULT_TIMEOUT
 
+    arguments.crew.patience = PATIENCE
     failed = False
     unconfirmed = "; passed on, not confirmed: return-path is off on the source"
 

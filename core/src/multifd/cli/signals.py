@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 
 from multifd.cli.output import say
 from multifd.crew import Crew, leave
-from multifd.errors import Cancelled
+from multifd.errors import MultifdError
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -49,7 +49,7 @@ def run_beside(run: Callable[[], int], crew: Crew) -> int:
         thread.join()
     if results:
         return results[0]
-    if stopped and isinstance(errors[0], (Cancelled, KeyboardInterrupt)):
+    if stopped and isinstance(errors[0], (MultifdError, KeyboardInterrupt)):
         raise Stopped(stopped)
     raise errors[0]
 

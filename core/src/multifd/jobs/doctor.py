@@ -15,8 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from multifd.qemu.monitor import Monitor
-from multifd.qemu.settings import OTHER_COMPRESSION, OTHER_WAYS
+from multifd.qemu.monitor import Monitor, of, shown
+from multifd.qemu.settings import OTHER_COMPRESSION, OTHER_WAYS, read_capabilities, read_parameters
+from multifd.qemu.states import Guest, Migration, destination_obstacle, leftover, source_obstacle
 
 #: The first release that we speak with: 7.2 is the oldest that was tried.
 OLDEST = (7, 2)
@@ -32,6 +33,7 @@ class Side:
     memory_bytes: int
     uuid: str
     status: str
+    migration: Migration
     methods: tuple[str, ...]
     capabilities: dict[str, bool]
     parameters: dict[str, Any]
@@ -51,38 +53,57 @@ class Trouble:
 
 def examine(monitor: Monitor) -> Side:
     """Ask a QEMU.  Raises PeerError, HostError."""
-    number = monitor.command("query-version")["qemu"]
-    machine: str = monitor.command("qom-get", path="/machine", property="type")
+    machine = monitor.ask("qom-get", _text, path="/machine", property="type")
     return Side(
         name=monitor.name,
-        version=(number["major"], number["minor"], number["micro"]),
+        version=monitor.ask("query-version", _version),
         machine=machine.removesuffix("-machine"),
-        memory_bytes=monitor.command("query-memory-size-summary")["base-memory"],
-        uuid=monitor.command("query-uuid")["UUID"],
-        status=monitor.command("query-status")["status"],
-        methods=_methods(monitor.command("query-qmp-schema")),
-        capabilities={item["capability"]: item["state"] for item in monitor.command("query-migrate-capabilities")},
-        parameters=monitor.command("query-migrate-parameters"),
+        memory_bytes=monitor.ask("query-memory-size-summary", lambda answer: of(int, answer["base-memory"])),
+        uuid=monitor.ask("query-uuid", lambda answer: _text(answer["UUID"])),
+        status=shown(monitor.ask("query-status", Guest.read).status),
+        migration=monitor.ask("query-migrate", Migration.read),
+        methods=monitor.ask("query-qmp-schema", _methods),
+        capabilities=monitor.ask("query-migrate-capabilities", read_capabilities),
+        parameters=monitor.ask("query-migrate-parameters", _parameters),
     )
 
 
-def _methods(schema: list[dict[str, Any]]) -> tuple[str, ...]:
+def _text(answer: Any) -> str:
+    """As it can be shown to a person."""
+    return shown(of(str, answer))
+
+
+def _parameters(answer: Any) -> dict[str, Any]:
+    found = {"multifd-channels": 2, "multifd-compression": "none"} | read_parameters(answer)
+    of(int, found["multifd-channels"])
+    return found | {name: _text(found[name]) for name in ("multifd-compression", "tls-creds") if name in found}
+
+
+def _version(answer: Any) -> tuple[int, int, int]:
+    major, minor, micro = (of(int, answer["qemu"][part]) for part in ("major", "minor", "micro"))
+    return major, minor, micro
+
+
+def _methods(schema: Any) -> tuple[str, ...]:
     """The compression methods it was built with.  The schema has numbers for the names of types."""
     types = {entry["name"]: entry for entry in schema}
     arguments = types[types["migrate-set-parameters"]["arg-type"]]
     for member in arguments["members"]:
         if member["name"] == "multifd-compression":
-            return tuple(types[member["type"]]["values"])  # as in every release so far, beside 6.2's `members`
+            # As in every release so far, beside 6.2's `members`.
+            return tuple(_text(value) for value in types[member["type"]]["values"])
     return ()
 
 
 def compare(source: Side, destination: Side) -> list[Trouble]:
     """What would fail; empty where nothing is seen."""
     found = [trouble for side, who in ((source, "source"), (destination, "destination")) for trouble in _own(side, who)]
-    if destination.status != "inmigrate":
-        found.append(
-            Trouble(f"the destination is {destination.status}, it does not wait", "start it with -incoming defer")
-        )
+    for side, who, obstacle_of in (
+        (source, "source", source_obstacle),
+        (destination, "destination", destination_obstacle),
+    ):
+        if obstacle := obstacle_of(Guest(side.status, side.status == "running"), side.migration):
+            found.append(Trouble(f"the {who} {obstacle.what}", obstacle.remedy))
     for what, option, ours, theirs in (
         ("machine types", "-machine", source.machine, destination.machine),
         ("memory sizes", "-m", f"{source.memory_bytes >> 20}M", f"{destination.memory_bytes >> 20}M"),
@@ -120,17 +141,27 @@ def compare(source: Side, destination: Side) -> list[Trouble]:
     return found
 
 
-def advise(source: Side) -> list[Trouble]:
-    """What could be better, though nothing fails."""
-    if source.on("return-path"):
-        return []
-    return [
-        Trouble(
-            "return-path is off on the source: it takes a migration for complete before the destination has it, and a "
-            "relay can confirm none",
-            "on the source's monitor: migrate_set_capability return-path on",
+def advise(source: Side, destination: Side) -> list[Trouble]:
+    """What could be better, or be somebody's leaving, though nothing fails."""
+    found = []
+    if not source.on("return-path"):
+        found.append(
+            Trouble(
+                "return-path is off on the source: it takes a migration for complete before the destination has it, "
+                "and a relay can confirm none",
+                "on the source's monitor: migrate_set_capability return-path on",
+            )
         )
-    ]
+    if left := leftover(source.migration, source.capabilities):
+        found.append(Trouble(f"the source {left.what}", left.remedy))
+    if destination.migration.listening:
+        found.append(
+            Trouble(
+                "the destination listens already",
+                "migrate to that address; for send --qmp start it again, with -incoming defer",
+            )
+        )
+    return found
 
 
 def _own(side: Side, who: str) -> list[Trouble]:
@@ -176,7 +207,7 @@ def _multifd(source: Side, destination: Side) -> list[Trouble]:
 def _older(machine: str, version: tuple[int, int]) -> bool:
     """Whether a machine type of QEMU's own is of an earlier version; a distribution's name tells none."""
     number = machine.rpartition("-")[2].split(".")
-    return len(number) == 2 and all(map(str.isdigit, number)) and (int(number[0]), int(number[1])) < version
+    return len(number) == 2 and all(map(str.isdecimal, number)) and (int(number[0]), int(number[1])) < version
 
 
 def _dotted(version: tuple[int, ...]) -> str:

@@ -43,6 +43,10 @@ class Silence:
         """Whoever waits gives up at its next look; from any thread."""
         self._cancelled = True
 
+    def lasted(self, seconds: float) -> bool:
+        """Whether nothing has moved for so long."""
+        return time.monotonic() - self.last >= seconds
+
     def check(self, doing: str, awaited: bool) -> None:
         """Raises Stalled where the silence has lasted too long, Cancelled where it was cancelled."""
         if self._cancelled:

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, Self
+from typing import Self
+from uuid import UUID
 
+from multifd.crew import Crew
 from multifd.errors import MultifdError, PeerError
-from multifd.qemu.monitor import Monitor
-from multifd.qemu.settings import OFF, Settings
+from multifd.net.connection import Ended, Stalled
+from multifd.qemu.monitor import BRIEF, Monitor, of
+from multifd.qemu.settings import OFF, Settings, read_capabilities
+from multifd.qemu.states import (
+    AGAIN,
+    RESTING,
+    Guest,
+    Migration,
+    Obstacle,
+    destination_obstacle,
+    leftover,
+    source_obstacle,
+)
 
-#: Seconds between two looks at a migration.
-POLL = 0.1
-ENDED = ("completed", "failed", "cancelled")
+#: Seconds after which a migration is looked at though no event came.
+LOOK = 1.0
+#: Seconds that a QEMU which answers may take to end a cancelled migration and to have its settings put back.
+PATIENCE = 7.0
 THEN = ("stop", "resume", "quit")
 
 
@@ -21,17 +36,34 @@ class _Side:
     """One end of a migration, driven; a context that puts the settings back."""
 
     def __init__(
-        self, where: str, capabilities: dict[str, bool], parameters: Mapping[str, object], timeout: float
+        self,
+        where: str,
+        capabilities: dict[str, bool],
+        parameters: Mapping[str, object],
+        timeout: float,
+        crew: Crew | None,
     ) -> None:
-        self.monitor = Monitor(where, timeout)
+        self.monitor = Monitor(where, timeout, crew)
+        if crew is not None:
+            crew.patience = PATIENCE
         self._timeout = timeout
+        self._named: set[str] = set()
         try:
             # First: it may fail, and nothing is changed yet.
-            self._was_running: bool = self.monitor.command("query-status")["running"]
-            self._settings = Settings(self.monitor, OFF | capabilities, parameters)
+            guest = self.monitor.ask("query-status", Guest.read)
+            self._was_running = guest.running
+            before = self.status()
+            if obstacle := self._obstacle(guest, before):
+                raise PeerError(f"{self.monitor.name} {obstacle.what}: {obstacle.remedy}")
+            if left := leftover(before, self.monitor.ask("query-migrate-capabilities", read_capabilities)):
+                self._warn(f"{self.monitor.name} {left.what}: {left.remedy}")
+            self._settings = Settings(self.monitor, OFF | {"events": True} | capabilities, parameters)
         except BaseException:
             self.monitor.close()
             raise
+
+    def _obstacle(self, guest: Guest, migration: Migration) -> Obstacle | None:
+        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self
@@ -42,61 +74,108 @@ class _Side:
         finally:
             self.monitor.close()
 
-    def status(self) -> dict[str, Any]:
-        """`query-migrate`'s answer; `status` is `none` before there was one."""
-        answer: dict[str, Any] = self.monitor.command("query-migrate")
-        return {"status": "none"} | answer
+    def status(self, within: float | None = None) -> Migration:
+        """What its migration is at; `within` as for `Monitor.command`."""
+        return self.monitor.ask("query-migrate", Migration.read, within)
 
     def wait(self) -> None:
-        """Wait until the migration has ended.  Raises PeerError where it did not end well."""
-        found = self._ended(self._timeout)
-        if found["status"] != "completed":
-            raise PeerError(f"{self.monitor.name}: QEMU's migration is {_words(found)}")
+        """Wait until the migration has ended.  Raises PeerError where it did not end well, or not in time."""
+        found = self._ended(self._timeout, named=True)
+        if found.status != "completed":
+            raise PeerError(f"{self.monitor.name}: {found.told}")
 
-    def _ended(self, seconds: float) -> dict[str, Any]:
+    def waits(self) -> str:
+        """Whom QEMU's migration waits for, and what to do, in one line; from any thread, within a second.
+
+        For when nothing has come for a while.  Empty where it waits for nobody, or does not say so at once.
+        """
+        with suppress(MultifdError):
+            if text := self.status(BRIEF).waits:
+                return f"{self.monitor.name}: {text}"
+        return ""
+
+    def name_wait(self) -> None:
+        """Warn of that, once."""
+        if text := self.waits():
+            self._warn(text)
+
+    def _ended(self, seconds: float, *, named: bool = False) -> Migration:
+        """What the migration is at when it has ended, or after so many seconds.
+
+        Where `named`, there is a warning of whom it waits for meanwhile, once.
+        Raises Stalled where QEMU does not answer by then.
+        """
         deadline = time.monotonic() + seconds
-        while (found := self.status())["status"] not in ENDED and time.monotonic() < deadline:
-            time.sleep(POLL)
-        return found
+        lasts = False
+        while True:
+            found = self.status(max(BRIEF, deadline - time.monotonic()))
+            left = deadline - time.monotonic()
+            if found.status in RESTING or left <= 0:
+                return found
+            if named and lasts and found.waits:
+                self._warn(f"{self.monitor.name}: {found.waits}")
+            lasts = not self.monitor.await_change(min(LOOK, left))
+
+    def _warn(self, text: str) -> None:
+        if text not in self._named:
+            self._named.add(text)
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def explain(self, error: MultifdError) -> MultifdError:
         """An error of ours, with what QEMU has to say about it."""
         with suppress(MultifdError):
-            found = self._ended(1)
-            if found.get("error-desc"):
-                return type(error)(f"{error}; QEMU's migration is {_words(found)}")
+            found = self._ended(LOOK)
+            if found.error or found.waits:
+                return type(error)(f"{error}; {found.told}")
         return error
-
-
-def _words(found: Mapping[str, Any]) -> str:
-    return "; QEMU says: ".join(filter(None, (found["status"], found.get("error-desc"))))
 
 
 class Source(_Side):
     """A QEMU whose guest is to be sent."""
 
-    def __init__(self, where: str, *, channels: int, method: str | None, timeout: float) -> None:
-        """Set it up: `method` is the compression, its own unless given.  Raises PeerError, HostError."""
+    def __init__(
+        self, where: str, *, channels: int, method: str | None, timeout: float, crew: Crew | None = None
+    ) -> None:
+        """Set it up: `method` is the compression, its own unless given.
+
+        Raises HostError, and PeerError: where its guest cannot be migrated now, nothing is changed.
+        """
         parameters: dict[str, object] = {"multifd-channels": channels}
         if method is not None:
             parameters["multifd-compression"] = method
-        super().__init__(where, {"multifd": True, "return-path": True}, parameters, timeout)
+        super().__init__(where, {"multifd": True, "return-path": True}, parameters, timeout, crew)
+
+    def _obstacle(self, guest: Guest, migration: Migration) -> Obstacle | None:
+        return source_obstacle(guest, migration)
 
     def start(self, uri: str) -> None:
         """Begin to send to `uri`.  Raises PeerError."""
         self.monitor.command("migrate", uri=uri)
 
+    def cancel(self) -> None:
+        """Ask QEMU to give the migration up, before its connections are reset: then it is cancelled, not failed.
+
+        Half a second at most: one that is blocked writing to us answers when they are reset.
+        """
+        with suppress(MultifdError):
+            self.monitor.command("migrate_cancel", BRIEF)
+
     def recover(self, failure: type[BaseException] | None, *_: object) -> None:
         """Like `__exit__`, for an ExitStack: after a failure, or Ctrl-C, give the migration up, and let a guest
         that ran go on.  QEMU takes no settings back before.
+
+        Best when its connections are reset already: it may be blocked writing to them until then.
         """
         if failure is None:
             return
         with suppress(MultifdError):
-            if self._ended(1)["status"] not in (*ENDED, "none"):
+            over = False
+            with suppress(Stalled):
+                over = self._ended(1).status in RESTING
+            if not over:
                 self.monitor.command("migrate_cancel")
                 self._ended(5)
-            if self._was_running and not self.monitor.command("query-status")["running"]:
+            if self._was_running and not self.monitor.ask("query-status", Guest.read).running:
                 self.monitor.command("cont")
 
     def leave(self, then: str) -> None:
@@ -104,18 +183,23 @@ class Source(_Side):
         if then == "resume":
             self.monitor.command("cont")
         elif then == "quit":
-            with suppress(PeerError):  # it may be gone before it answers
+            with suppress(Ended):  # it may be gone before it answers
                 self.monitor.command("quit")
 
 
 class Destination(_Side):
     """A QEMU started with `-incoming defer`."""
 
-    def __init__(self, where: str, *, channels: int, method: str, timeout: float) -> None:
-        """Set it up.  Raises PeerError, HostError."""
+    def __init__(self, where: str, *, channels: int, method: str, timeout: float, crew: Crew | None = None) -> None:
+        """Set it up.  Raises HostError, and PeerError: where it does not wait to be told, nothing is changed."""
         super().__init__(
-            where, {"multifd": True}, {"multifd-channels": channels, "multifd-compression": method}, timeout
+            where, {"multifd": True}, {"multifd-channels": channels, "multifd-compression": method}, timeout, crew
         )
+
+    def _obstacle(self, guest: Guest, migration: Migration) -> Obstacle | None:
+        if obstacle := destination_obstacle(guest, migration):
+            return obstacle
+        return Obstacle("listens already", AGAIN) if migration.listening or migration.status == "setup" else None
 
     def listen(self, uri: str) -> None:
         """Wait for a migration at `uri`.  Raises PeerError."""
@@ -124,5 +208,4 @@ class Destination(_Side):
     @property
     def uuid(self) -> bytes:
         """The guest's uuid, which the channels have to name; zero where it has none."""
-        text: str = self.monitor.command("query-uuid")["UUID"]
-        return bytes.fromhex(text.replace("-", ""))
+        return self.monitor.ask("query-uuid", lambda answer: UUID(of(str, answer["UUID"])).bytes)

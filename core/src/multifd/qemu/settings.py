@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 from multifd.errors import MultifdError
-from multifd.net.connection import Ended, Lost
-from multifd.qemu.monitor import Monitor
+from multifd.net.connection import Ended, Lost, Stalled
+from multifd.qemu.monitor import Monitor, of
 
 #: Capabilities that send memory or state another way than over multifd's packets.
 OTHER_WAYS = ("postcopy-ram", "mapped-ram", "x-colo", "background-snapshot")
@@ -22,10 +23,10 @@ class Settings:
     def __init__(self, monitor: Monitor, capabilities: Mapping[str, bool], parameters: Mapping[str, object]) -> None:
         """Raises PeerError where QEMU does not take one; then all are as they were."""
         self._monitor = monitor
-        now = {item["capability"]: item["state"] for item in monitor.command("query-migrate-capabilities")}
+        now = monitor.ask("query-migrate-capabilities", read_capabilities)
         wanted = {name: state for name, state in capabilities.items() if now.get(name, False) != state}
         self._capabilities = {name: now[name] for name in wanted if name in now}
-        current = monitor.command("query-migrate-parameters")
+        current = monitor.ask("query-migrate-parameters", read_parameters)
         self._parameters = {
             name: current[name] for name, value in parameters.items() if current.get(name, value) != value
         }
@@ -45,11 +46,27 @@ class Settings:
     def restore(self) -> None:
         """Put back what was changed.  Warns of what QEMU refuses; one that has gone needs nothing."""
         # In reverse: mapped-ram is not taken beside a compression.
-        for capabilities, parameters in (({}, self._parameters), (self._capabilities, {})):
+        left: list[tuple[dict[str, bool], dict[str, object]]] = [({}, self._parameters), (self._capabilities, {})]
+        while left:
             try:
-                self._set(capabilities, parameters)
+                self._set(*left[0])
             except (Ended, Lost):
                 return
             except MultifdError as error:
-                names = ", ".join([*capabilities, *parameters])
+                # One that does not answer is not asked, and waited for, again.
+                refused = left if isinstance(error, Stalled) else left[:1]
+                names = ", ".join(name for settings in refused for kind in settings for name in kind)
                 warnings.warn(f"not put back as it was: {names}: {error}", RuntimeWarning, stacklevel=2)
+                del left[: len(refused)]
+            else:
+                del left[0]
+
+
+def read_capabilities(answer: Any) -> dict[str, bool]:
+    """`query-migrate-capabilities`'s answer, for `Monitor.ask`."""
+    return {of(str, item["capability"]): of(bool, item["state"]) for item in of(list, answer)}
+
+
+def read_parameters(answer: Any) -> dict[str, Any]:
+    """`query-migrate-parameters`'s answer, for `Monitor.ask`."""
+    return of(dict, answer)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
 from multifd.codec.readers import Readers
 from multifd.crew import Crew
-from multifd.errors import MultifdError, PeerError, UsageError
+from multifd.errors import Cancelled, MultifdError, PeerError, UsageError
 from multifd.jobs.destination.connections import meet, recorded
 from multifd.jobs.destination.migration import Migration
 from multifd.jobs.report import DEFAULT_CHANNELS, OnProgress, Result, check_channels
@@ -26,6 +26,9 @@ from multifd.observe.observers import Observers
 from multifd.qemu.driver import THEN, Source
 from multifd.snapshot.writer import check_free
 from multifd.wire.packet import PAGE_SIZES
+
+#: Seconds without a byte after which QEMU is asked whether it waits for somebody.
+WAITS = 2.0
 
 
 def receive(
@@ -105,7 +108,7 @@ def receive(
             channels = DEFAULT_CHANNELS if channels is None else channels
             check_channels(channels)
             if qmp is not None:
-                driver = Source(qmp, channels=channels, method=readers.method, timeout=timeout)
+                driver = Source(qmp, channels=channels, method=readers.method, timeout=timeout, crew=crew)
                 cleanup.enter_context(driver)
                 cleanup.push(driver.recover)
                 first_timeout = timeout
@@ -123,6 +126,8 @@ def receive(
                 cleanup.callback(door.close)
                 crew.spawn("door", door.run)
                 if driver is not None:
+                    crew.on_cancel(driver.cancel)
+                    cleanup.enter_context(crew.every(WAITS, partial(_name_wait, driver, silence)))
                     driver.start(str(listener.uri))
                 party = meet(door, crew, channels or DEFAULT_CHANNELS, uuid, silence, first_timeout)
                 door.close()
@@ -132,9 +137,9 @@ def receive(
             result = crew.run("receive", partial(job.run, party))
         except BaseException as error:
             ended = job.ended(crew.fail(error))
-            if driver is not None and isinstance(ended, MultifdError):
-                crew.join()
-                job.let_go()  # first: while QEMU writes to them, its monitor does not answer
+            crew.join()
+            job.let_go()  # first: while QEMU writes to them, its monitor does not answer
+            if driver is not None and isinstance(ended, MultifdError) and not isinstance(ended, Cancelled):
                 ended = driver.explain(ended)
             if ended is error:
                 raise
@@ -144,6 +149,13 @@ def receive(
         if driver is not None:
             _leave(driver, then)
     return result
+
+
+def _name_wait(driver: Source, silence: Silence) -> None:
+    """Say whom QEMU waits for, where nothing has come for a while."""
+    if silence.lasted(WAITS):
+        with suppress(RuntimeWarning):  # also where warnings are errors
+            driver.name_wait()
 
 
 def _leave(driver: Source, then: str) -> None:

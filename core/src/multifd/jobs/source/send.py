@@ -12,7 +12,7 @@ from multifd.codec.settings import ADAPTIVE
 from multifd.crew import Crew
 from multifd.effort.choice import Choice
 from multifd.engine.sender import ZERO_PAGES
-from multifd.errors import MultifdError, UsageError
+from multifd.errors import Cancelled, MultifdError, UsageError
 from multifd.jobs.report import DEFAULT_CHANNELS, OnProgress, Result, check_channels
 from multifd.jobs.source.migration import Migration
 from multifd.memory.buffer import packet_buffer
@@ -95,7 +95,7 @@ def send(
         if qmp is not None:
             from multifd.qemu.driver import Destination
 
-            driver = Destination(qmp, channels=channels, method=choice.method, timeout=timeout)
+            driver = Destination(qmp, channels=channels, method=choice.method, timeout=timeout, crew=crew)
             cleanup.enter_context(driver)
             uuid = uuid or driver.uuid
         blocks = [cleanup.enter_context(item.open()) for item in source.blocks]
@@ -113,7 +113,7 @@ def send(
                 driver.wait()
         except BaseException as error:
             ended = job.ended(crew.fail(error))
-            if driver is not None and isinstance(ended, MultifdError):
+            if driver is not None and isinstance(ended, MultifdError) and not isinstance(ended, Cancelled):
                 ended = driver.explain(ended)
             if ended is error:
                 raise
