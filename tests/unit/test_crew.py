@@ -37,9 +37,14 @@ def test_whoever_blocks_is_woken() -> None:
     crew = Crew()
     ours, theirs = os.pipe()
     crew.on_end(lambda: os.close(theirs))
+
+    def read() -> None:
+        os.read(ours, 1)
+        crew.check()
+
     threading.Timer(0.05, crew.cancel).start()
     with pytest.raises(Cancelled):
-        crew.run("reading", lambda: os.read(ours, 1) and time.sleep(peers.TIMEOUT))
+        crew.run("reading", read)
     crew.join()
     os.close(ours)
     crew.on_end(lambda: called.append(True))

@@ -95,6 +95,11 @@ class RecvChannels:
         self._crew = crew
         #: The main channel is complete: what is not here by now does not come.
         self._main_complete = Wake()
+        try:
+            self._ended = Wake()
+        except BaseException:
+            self._main_complete.close()
+            raise
         self._channels = []
         for init, connection in came:
             watch = observers.watch(IN, init, ("wait", "decode"))
@@ -107,7 +112,7 @@ class RecvChannels:
 
     def begin(self) -> None:
         """Let them read.  Raises Cancelled, HostError where there is no thread for one."""
-        self._crew.on_end(self._main_complete.set)
+        self._crew.on_end(self._end)
         for channel in self._channels:
             self._crew.spawn(f"channel {channel.id}", partial(self._serve, channel))
 
@@ -184,9 +189,15 @@ class RecvChannels:
             lambda: all(channel.ended or channel.syncs > self._passed for channel in self._channels), LETTING_GO
         )
 
+    def _end(self) -> None:
+        """Wake whoever waits.  Nobody is closed for that: see `net.parting`."""
+        self._main_complete.set()
+        self._ended.set()
+
     def close(self) -> None:
         """When no thread is left."""
         self._main_complete.close()
+        self._ended.close()
 
     def _late(self, number: int) -> str:
         """Who keeps sync point `number` waiting, in words; empty if nobody.  Raises Ended.  Locked."""
@@ -205,7 +216,7 @@ class RecvChannels:
             self._is_over(channel, ended)
             if not ended:
                 with suppress(MultifdError):  # what comes now, nobody waits for
-                    while channel.connection.read_some(AFTERWARDS):
+                    while channel.connection.ready(self._ended) and channel.connection.read_some(AFTERWARDS):
                         pass
                 self._is_over(channel, "the connection ended")
         except MultifdError as error:

@@ -175,7 +175,8 @@ class Door:
         for caller in mains:
             caller.connection.abort()
         self._parting.add(caller.connection for caller in channels)
-        self._parting.wait(self._crew.left / 2 if self._crew.over else parting.MOST)
+        if mains or self.busy:
+            self._parting.wait(self._crew.left / 2 if self._crew.over else parting.MOST)
         self._parting.close()
         for caller in self._unknown:
             caller.connection.close()

@@ -14,8 +14,9 @@ from collections.abc import Iterable
 from multifd.errors import os_errors
 from multifd.net.socket import SocketConnection
 
-#: Seconds that a source is given at most to close its channels once its main channel is reset.
-MOST = 2.0
+#: Seconds that a source is given at most to close its channels once its main channel is reset; QEMU takes 0.12 at most,
+#: on busy processors too.
+MOST = 1.0
 
 
 class Parting:
@@ -53,8 +54,8 @@ class Parting:
                 connection.close()
 
     def wait(self, seconds: float) -> None:
-        """Until all are closed by their source, so long at most."""
-        deadline = time.monotonic() + seconds
+        """Until all are closed by their source; so long at most, or MOST."""
+        deadline = time.monotonic() + min(seconds, MOST)
         while self._left and (left := deadline - time.monotonic()) > 0:
             self.step(left)
 

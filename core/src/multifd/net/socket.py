@@ -34,7 +34,7 @@ class SocketConnection:
         self.bytes_read = 0
         self.bytes_written = 0
         self._socket = sock
-        self._waiting: select.poll | None = None
+        self._waiting: dict[Wake, select.poll] = {}
         self._reset = False
         self._tcp = sock.family != socket.AF_UNIX
         sock.settimeout(None)
@@ -57,12 +57,13 @@ class SocketConnection:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
 
     def ready(self, wake: Wake) -> bool:
-        if self._waiting is None:
-            self._waiting = select.poll()
-            self._waiting.register(self._socket, select.POLLIN)
-            self._waiting.register(wake, select.POLLIN)
+        waiting = self._waiting.get(wake)
+        if waiting is None:
+            waiting = self._waiting[wake] = select.poll()
+            waiting.register(self._socket, select.POLLIN)
+            waiting.register(wake, select.POLLIN)
         with os_errors(self.name):
-            while not (found := self._waiting.poll(self._silence.interval * 1000)):
+            while not (found := waiting.poll(self._silence.interval * 1000)):
                 self._silence.check("waiting for data", awaited=self._silence.awaited)
         return len(found) > 1 or found[0][0] != wake.fileno()
 

@@ -123,7 +123,7 @@ def receive(
                 if on_listening is not None:
                     on_listening(str(listener.uri))
                 door = Door(listener, timeout, crew, page_size)
-                cleanup.callback(door.close)
+                crew.on_end(door.close)
                 crew.spawn("door", door.run)
                 if driver is not None:
                     crew.on_cancel(driver.cancel)
