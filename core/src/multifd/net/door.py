@@ -61,9 +61,9 @@ class Caller:
     failure: PeerError | None = None
 
     @property
-    def name(self) -> str:
-        """As in a message."""
-        return self.connection.name
+    def host(self) -> str:
+        """Whence they came; all alike at a Unix socket."""
+        return self.connection.name.rpartition(":")[0]
 
 
 class Door:
@@ -117,7 +117,10 @@ class Door:
 
     def see_off(self, connections: Iterable[SocketConnection]) -> None:
         """Multifd channels of a migration that failed, whose main channel has been reset."""
-        self._parting.add(connections)
+        with self._crew.changed:
+            self._parting.add(connections)
+            if not self._closed:
+                self._wake.set()
 
     @property
     def parting(self) -> bool:
@@ -150,6 +153,8 @@ class Door:
                         self._hear(key.data)
                     elif key.fileobj is self._listener:
                         self._accept()
+                    elif key.fileobj is self._wake:
+                        self._wake.clear()
                 self._end_waits(time.monotonic())
                 self._part()
         finally:
@@ -218,8 +223,10 @@ class Door:
         return silent
 
     def _idle(self, now: float) -> Caller | None:
-        """Whose place another one may have."""
-        return next((caller for caller in self._silent() if now - caller.came >= SILENT), None)
+        """Whose place another one may have: the oldest of the host that has most who are silent."""
+        silent = [caller for caller in self._silent() if now - caller.came >= SILENT]
+        hosts = Counter(caller.host for caller in silent)
+        return max(silent, key=lambda caller: hosts[caller.host], default=None)
 
     def _accept(self) -> None:
         if len(self._unknown) >= MOST and (idle := self._idle(time.monotonic())) is not None:
@@ -270,7 +277,7 @@ class Door:
                 self._fail(caller, error)
             else:
                 self._forget(caller)
-                self._turn_away(caller, str(error).removeprefix(caller.name).lstrip(" :"))
+                self._turn_away(caller, str(error).removeprefix(caller.connection.name))
 
     def _identify(self, caller: Caller) -> None:
         """Raises PeerError for what is no beginning of a connection."""
@@ -283,7 +290,10 @@ class Door:
         elif magic != MULTIFD_MAGIC:
             raise PeerError(foreign(caller.data))
         elif len(caller.data) == INIT.size:
-            caller.init = InitPacket.unpack(caller.data)
+            try:
+                caller.init = InitPacket.unpack(caller.data)
+            except PeerError as error:
+                raise PeerError(f"begins a multifd channel that this side does not know: {error}") from error
             self._known(caller, self.channels)
 
     def _follow(self, caller: Caller, data: bytes) -> None:
@@ -297,7 +307,8 @@ class Door:
                 self._known(caller, self.mains)
                 return
         if len(caller.data) > MOST_HEAD:
-            raise PeerError(f"no list of RAM blocks in {MOST_HEAD} bytes")
+            self._forget(caller)
+            self._turn_away(caller, f"began a main channel without a list of RAM blocks in {MOST_HEAD} bytes")
 
     def _end(self, caller: Caller) -> None:
         """They have closed."""
@@ -315,10 +326,9 @@ class Door:
         others = [other for other in self._unknown if other is not caller and (not other.data or other.parser)]
         with self._crew.changed:
             alone = not others and not self.mains and not self.busy
-            belongs = (
-                bool(self.channels) or caller.configuration is not None or not isinstance(failure, (Ended, Stalled))
-            )
-        if alone and belongs:
+            its = [channel for channel in self.channels if channel.number > caller.number]
+        broken = bool(its) and not isinstance(failure, (Ended, Stalled))
+        if alone and (broken or caller.configuration is not None):
             caller.failure = failure
             self._known(caller, self.mains)
         else:
@@ -338,14 +348,14 @@ class Door:
 
     def _turn_away(self, caller: Caller, why: str) -> None:
         if caller.init is not NO_CHANNEL:
-            self._parting.add([caller.connection])
+            self.see_off([caller.connection])
         elif caller.parser is not None:
             caller.connection.abort()
         else:
             caller.connection.close()
         self._strangers[why] += 1
         if self._strangers[why] == 1:
-            _warn(f"{caller.name} {why}: ignored")
+            _warn(f"{caller.connection.name}{'' if why.startswith(':') else ' '}{why}: ignored")
         if len(self._strangers) > 1000:  # who says something else each time
             self._strangers.clear()
 

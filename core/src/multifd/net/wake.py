@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 from multifd.errors import os_errors
 
 
 class Wake:
-    """Set once, for good: whoever waits in `Connection.ready` goes on."""
+    """Once it is set, whoever waits in `Connection.ready`, or polls it, goes on."""
 
     def __init__(self) -> None:
         """Raises HostError where there is no descriptor left for it."""
@@ -22,6 +23,11 @@ class Wake:
     def set(self) -> None:
         """From any thread, and twice, but not after `close`."""
         os.eventfd_write(self._event, 1)
+
+    def clear(self) -> None:
+        """Whoever waits from now on waits for the next `set`."""
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._event)
 
     def close(self) -> None:
         """When nobody waits any more."""

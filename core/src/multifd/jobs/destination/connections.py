@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from multifd.crew import Crew
@@ -79,10 +79,7 @@ def meet(
     until = None if first_timeout is None else time.monotonic() + first_timeout
     since = 0.0
     with crew.changed:
-        while True:
-            party = next(filter(None, (_party(door, main, count, uuid) for main in list(door.mains))), None)
-            if party is not None:
-                return party
+        while (party := _party(door, count, uuid)) is None:
             now = time.monotonic()
             if not door.mains:
                 since = 0.0
@@ -93,36 +90,53 @@ def meet(
                 since = since or now
                 late = f"{_came(door, count)}: start both sides with the same number of channels (and multifd on)"
                 if now - since > LETTING_GO and all(main.connection.hung_up() for main in door.mains):
-                    raise Ended(f"{late}, and its main channel has ended")
+                    if uuid is None:
+                        raise Ended(f"{late}, and its main channel has ended")
+                    door.dismiss(door.mains[0], f"is a main channel without channels of VM {uuid.hex()}")
                 if now - since >= silence.timeout:
                     raise Stalled(f"{late}: nothing moved for {silence.timeout:g} s (--timeout)")
             crew.changed.wait(silence.interval)
             crew.check()
+    return party
 
 
-def _party(door: Door, main: Caller, count: int, uuid: bytes | None) -> Party | None:
-    """That of a main channel, where all of it is here.  Raises what is wrong with it."""
-    if main.failure is not None:
-        raise type(main.failure)(f"main channel: {main.failure}") from main.failure
-    assert main.configuration is not None
-    said = main.configuration.uuid
-    if uuid is not None and said not in (None, uuid):
-        door.dismiss(main, f"is a main channel of VM {said.hex()}, not of {uuid.hex()}")
-        return None
-    wanted = uuid or said
+def _party(door: Door, count: int, uuid: bytes | None) -> Party | None:
+    """The first one that is complete.  Raises what is wrong with it, or with a main channel that is alone."""
+    if uuid is not None:
+        _dismiss_others(door, uuid)
+    for main in door.mains:
+        if main.failure is not None:
+            raise type(main.failure)(f"main channel: {main.failure}") from main.failure
     groups: dict[bytes, dict[int, Caller]] = {}
-    # QEMU connects them after its main channel.
-    for channel in sorted(door.channels, key=lambda channel: channel.number < main.number):
-        if wanted in (None, channel.init.uuid):
-            groups.setdefault(channel.init.uuid, {}).setdefault(channel.init.id, channel)
-    for group in groups.values():
-        if all(number in group for number in range(count)):
+    # What an attempt before this one left behind has been closed.
+    for channel in sorted(door.channels, key=lambda channel: channel.connection.hung_up()):
+        groups.setdefault(channel.init.uuid, {}).setdefault(channel.init.id, channel)
+    for vm, group in groups.items():
+        if all(number in group for number in range(count)) and (whose := _main(door.mains, vm, group.values())):
             channels = [(channel.init, channel.connection) for channel in group.values()]
             _check([init for init, _ in channels], count)
-            door.take([main, *group.values()])
-            warn_exposed(main.connection)
-            return Party(main.connection, bytes(main.data), channels)
+            door.take([whose, *group.values()])
+            warn_exposed(whose.connection)
+            return Party(whose.connection, bytes(whose.data), channels)
     return None
+
+
+def _dismiss_others(door: Door, uuid: bytes) -> None:
+    """Those that show that they are of another VM."""
+    for channel in [channel for channel in door.channels if channel.init.uuid != uuid]:
+        door.dismiss(channel, f"is a channel of VM {channel.init.uuid.hex()}, not of {uuid.hex()}")
+    for main in list(door.mains):
+        said = main.configuration.uuid if main.configuration is not None else None
+        if said is not None and said != uuid:
+            door.dismiss(main, f"is a main channel of VM {said.hex()}, not of {uuid.hex()}")
+
+
+def _main(mains: Sequence[Caller], uuid: bytes, channels: Collection[Caller]) -> Caller | None:
+    """The main channel of a VM's channels: a source connects it just before them."""
+    fitting = [main for main in mains if main.configuration is not None and main.configuration.uuid in (None, uuid)]
+    first = min(channel.number for channel in channels)
+    before = [main for main in fitting if main.number < first]
+    return max(before or fitting, key=lambda main: main.number, default=None)
 
 
 def _came(door: Door, count: int) -> str:

@@ -35,6 +35,8 @@ from multifd.wire.events import BlockList, Event, PageData, RamEnd, SyncPoint
 from multifd.wire.flags import method_name
 from multifd.wire.packet import InitPacket
 
+#: Seconds that a main channel has to wait for multifd channels which came after it, before others are its own.
+EARLY = 1.0
 GONE = "the destination closed the connection"
 
 
@@ -75,17 +77,26 @@ class Migration:
     def group(self, channels: Sequence[Caller]) -> list[Caller]:
         """Which of those who wait may be its own, the likeliest first: QEMU connects them after its main channel.
 
-        All, where its VM is known; else those of the VM with most channels.
+        All, where its VM is known; else those of the VM with most channels that came so, or, where none does within
+        EARLY seconds, of any.
         """
-        later = sorted(channels, key=lambda channel: channel.number < self._caller.number)
+        if self._vm is None:
+            later = [channel for channel in channels if channel.number > self._caller.number]
+            if not later and time.monotonic() - self._started > EARLY:
+                later = list(channels)
+            groups: dict[bytes, dict[int, Caller]] = {}
+            for channel in later:
+                groups.setdefault(channel.init.uuid, {}).setdefault(channel.init.id, channel)
+            return list(max(groups.values(), key=len, default={}).values())
+        return sorted(
+            channels, key=lambda channel: (channel.connection.hung_up(), channel.number < self._caller.number)
+        )
+
+    @property
+    def _vm(self) -> bytes | None:
+        """The VM's uuid, where it is known; 16 bytes."""
         configuration = self._caller.configuration
-        uuid = self._channels.uuid or (configuration.uuid if configuration is not None else None)
-        if uuid is not None or not channels:
-            return later
-        groups: dict[bytes, dict[int, Caller]] = {}
-        for channel in later:
-            groups.setdefault(channel.init.uuid, {}).setdefault(channel.init.id, channel)
-        return list(max(groups.values(), key=len).values())
+        return self._channels.uuid or (configuration.uuid if configuration is not None else None)
 
     def begin(self) -> None:
         """Serve its main channel."""

@@ -196,7 +196,7 @@ class Relay:
                             f"is channel {channel.init.id} of VM {channel.init.uuid.hex()}, which is not the migration "
                             "that the relay serves",
                         )
-                self._changed.wait()
+                self._changed.wait(LATE)
 
     def _see_off(self, door: Door, migration: Migration) -> None:
         """Let go of the channels of one that failed: those that have come, and those that still come."""
