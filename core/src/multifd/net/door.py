@@ -224,9 +224,10 @@ class Door:
 
     def _idle(self, now: float) -> Caller | None:
         """Whose place another one may have: the oldest of the host that has most who are silent."""
-        silent = [caller for caller in self._silent() if now - caller.came >= SILENT]
+        silent = self._silent()
         hosts = Counter(caller.host for caller in silent)
-        return max(silent, key=lambda caller: hosts[caller.host], default=None)
+        oldest = max(silent, key=lambda caller: hosts[caller.host], default=None)
+        return oldest if oldest is not None and now - oldest.came >= SILENT else None
 
     def _accept(self) -> None:
         if len(self._unknown) >= MOST and (idle := self._idle(time.monotonic())) is not None:

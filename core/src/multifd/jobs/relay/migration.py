@@ -65,6 +65,8 @@ class Migration:
         self._onward: list[SocketConnection] = []
         self._destination: SocketConnection | None = None
         self._channels = Channels(changed, plan.channels, self._silence)
+        if main.configuration is not None:
+            self._channels.uuid = main.configuration.uuid
         self._observed = ExitStack()
         self._observed.enter_context(plan.observers.migration(IN, OUT))
         self._welcome(self._source)
@@ -80,7 +82,7 @@ class Migration:
         All, where its VM is known; else those of the VM with most channels that came so, or, where none does within
         EARLY seconds, of any.
         """
-        if self._vm is None:
+        if self._channels.uuid is None:
             later = [channel for channel in channels if channel.number > self._caller.number]
             if not later and time.monotonic() - self._started > EARLY:
                 later = list(channels)
@@ -91,12 +93,6 @@ class Migration:
         return sorted(
             channels, key=lambda channel: (channel.connection.hung_up(), channel.number < self._caller.number)
         )
-
-    @property
-    def _vm(self) -> bytes | None:
-        """The VM's uuid, where it is known; 16 bytes."""
-        configuration = self._caller.configuration
-        return self._channels.uuid or (configuration.uuid if configuration is not None else None)
 
     def begin(self) -> None:
         """Serve its main channel."""
