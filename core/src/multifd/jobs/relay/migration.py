@@ -194,6 +194,9 @@ class Migration:
             if self._state not in FINAL:
                 self._state = after(self._state, saw)
                 self._error = error
+                if self._state in FINAL - SUCCESSES - {State.ENDED_EARLY} and saw is not Saw.SAID_FAILED:
+                    # At once: a small guest, paused, needs 20 ms to be through, and cannot be migrated then.
+                    self._source.abort()
                 self._changed.notify_all()
 
     def _welcome(self, connection: SocketConnection) -> None:
