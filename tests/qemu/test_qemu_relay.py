@@ -17,7 +17,6 @@ import pytest
 
 import peers
 from multifd.effort.controller import Effort, Rung
-from multifd.errors import PeerError
 from qemus import FAILING_CHANNELS, RELEASES, Start, content
 from qemus import UUID as GUEST_UUID
 from relaying import Relaying, closing
@@ -120,13 +119,10 @@ def test_postcopy_is_named(start: Start, work: Path) -> None:
     """QEMU 7.2 takes it together with multifd, 10.0 does not."""
     source = start("7.2", "source")
     source.prepare(channels=FAILING_CHANNELS, postcopy_ram=True)
-    there = peers.Receiving(work / "snap", channels=FAILING_CHANNELS)
-    with closing(Relaying(there.uri)) as relaying:
+    with closing(Relaying(f"unix:{work}/nobody")) as relaying:
         source.monitor.command("migrate", uri=relaying.uri)
         source.wait("failed")
         assert "belongs to postcopy: turn postcopy-ram off on the source" in relaying.error()
-    with pytest.raises(PeerError):
-        there.join()
 
 
 @pytest.mark.parametrize("detection", ["none", "legacy", "multifd"])

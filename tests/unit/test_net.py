@@ -61,7 +61,7 @@ def test_a_door_without_descriptors_waits_for_one(work: Path) -> None:
             with pytest.warns(
                 RuntimeWarning, match="here cannot .* no descriptor is left: raise `ulimit -n`"
             ) as warned:
-                crew.spawn("door", door.run)
+                door.begin()
                 assert peers.eventually(lambda: len(warned) > 0)
                 time.sleep(3 * AGAIN)
             assert len(warned) == 1, "once, however often it tries"

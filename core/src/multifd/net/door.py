@@ -67,7 +67,7 @@ class Caller:
 
 
 class Door:
-    """Meets those who connect to a listener, which is its own from now on; `run` is its thread."""
+    """Meets those who connect to a listener, which is its own from now on."""
 
     def __init__(self, listener: Listener, timeout: float, crew: Crew, page_size: int | None = None) -> None:
         """Who has not shown who they are `timeout` seconds after they came goes, whatever trickles.
@@ -134,8 +134,15 @@ class Door:
                 self._closed = True
                 self._wake.set()
 
-    def run(self) -> None:
-        """Until it is closed."""
+    def begin(self) -> None:
+        """Meet them, in a thread of the crew's, until `close`.  Raises Cancelled, HostError; it is closed then."""
+        try:
+            self._crew.spawn("door", self._run)
+        except BaseException:
+            self._leave()
+            raise
+
+    def _run(self) -> None:
         self._selector.register(self._wake, selectors.EVENT_READ)
         self._selector.register(self._parting, selectors.EVENT_READ)
         listening = False
@@ -324,12 +331,12 @@ class Door:
 
     def _fail(self, caller: Caller, failure: PeerError) -> None:
         """A main channel that does not list its blocks: a migration that failed, unless it may be a stranger's."""
+        cut = isinstance(failure, (Ended, Stalled))
         others = [other for other in self._unknown if other is not caller and (not other.data or other.parser)]
         with self._crew.changed:
-            alone = not others and not self.mains and not self.busy
-            its = [channel for channel in self.channels if channel.number > caller.number]
-        broken = bool(its) and not isinstance(failure, (Ended, Stalled))
-        if alone and (broken or caller.configuration is not None):
+            alone = not self.mains and not self.busy and not (cut and others)
+            its = not cut and any(channel.number > caller.number for channel in self.channels)
+        if alone and (its or caller.configuration is not None):
             caller.failure = failure
             self._known(caller, self.mains)
         else:

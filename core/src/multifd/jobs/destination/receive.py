@@ -124,7 +124,7 @@ def receive(
                     on_listening(str(listener.uri))
                 door = Door(listener, timeout, crew, page_size)
                 crew.on_end(door.close)
-                crew.spawn("door", door.run)
+                door.begin()
                 if driver is not None:
                     crew.on_cancel(driver.cancel)
                     cleanup.enter_context(crew.every(WAITS, partial(_name_wait, driver, silence)))

@@ -134,7 +134,7 @@ class Relay:
         door = Door(self._listener, self._plan.timeout, self._crew)
         served = 0
         try:
-            self._crew.spawn("door", door.run)
+            door.begin()
             while served != migrations:
                 with self._changed:
                     self._crew.wait_for(lambda: door.mains)
