@@ -186,8 +186,9 @@ class Door:
             self.channels.clear()
         for caller in mains:
             caller.connection.abort()
+        held = bool(mains or self._parting)  # or these are a stranger's
         self._parting.add(caller.connection for caller in channels)
-        if mains or self.busy:
+        if held:
             self._parting.wait(self._crew.left / 2 if self._crew.over else parting.MOST)
         self._parting.close()
         for caller in self._unknown:
@@ -206,8 +207,8 @@ class Door:
             ends.append(now + SILENT)  # whether a channel has gone nothing tells
         if self._parting:
             ends.append(now + parting.MOST / 4)
-        if len(self._unknown) >= MOST:
-            ends += [caller.came + SILENT for caller in self._silent()]
+        if len(self._unknown) >= MOST and (oldest := self._oldest()) is not None:
+            ends.append(oldest.came + SILENT)
         return max(0.0, min(ends) - now) if ends else None
 
     def _end_of(self, caller: Caller) -> float:
@@ -229,11 +230,15 @@ class Door:
             silent = [caller for caller in silent if caller not in before[-SHIELDED:]]
         return silent
 
-    def _idle(self, now: float) -> Caller | None:
-        """Whose place another one may have: the oldest of the host that has most who are silent."""
+    def _oldest(self) -> Caller | None:
+        """Who goes first: the oldest of the host that has most who are silent."""
         silent = self._silent()
         hosts = Counter(caller.host for caller in silent)
-        oldest = max(silent, key=lambda caller: hosts[caller.host], default=None)
+        return max(silent, key=lambda caller: hosts[caller.host], default=None)
+
+    def _idle(self, now: float) -> Caller | None:
+        """Whose place another one may have."""
+        oldest = self._oldest()
         return oldest if oldest is not None and now - oldest.came >= SILENT else None
 
     def _accept(self) -> None:
