@@ -46,6 +46,7 @@ ROOMS = {
         "crew",
         "cli.signals",
         "net.tls",
+        "net.door",
         "codec.readers",
         "effort.controller",
         "observe.observers",

@@ -99,7 +99,12 @@ def _watch(came: int, crew: Crew, thread: threading.Thread) -> int:
         stopped = number
         since = time.monotonic()
         if crew.used:
-            crew.cancel()
+            # Not here: it may wait for a lock that is held while somebody writes to a terminal that has stopped.
+            cancelling = threading.Thread(target=crew.cancel, name="cancelling", daemon=True)
+            try:
+                cancelling.start()
+            except RuntimeError:  # no thread is left
+                crew.cancel()
         else:
             _interrupt(thread)
 

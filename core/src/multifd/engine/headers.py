@@ -27,7 +27,9 @@ def identify(connection: RecordedConnection) -> InitPacket | None:
             raise PeerError(f"{connection.name} {foreign(view)}")
         connection.read_into(view[got:])
     except Ended as ended:
-        raise PeerError(f"{connection.name} ended after {got + ended.got} bytes: is it a migration?") from None
+        got += ended.got
+        what = f"of the {INIT.size} bytes of its init packet" if got >= MAGIC.size else "bytes: is it a migration?"
+        raise PeerError(f"{connection.name} ended after {got} {what}") from None
     return InitPacket.unpack(first)
 
 

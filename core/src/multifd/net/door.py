@@ -7,10 +7,12 @@ kind and then counted, and neither ends nor holds a migration.
 
 from __future__ import annotations
 
+import math
 import selectors
+import threading
 import time
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -31,6 +33,8 @@ from multifd.wire.packet import INIT, MAGIC, Buffer, InitPacket
 
 #: So many may wait without having shown who they are.
 MOST = 64
+#: And so many multifd channels of one migration (QEMU's multifd-channels).
+MOST_CHANNELS = 255
 #: Seconds after which one that has said nothing goes, where somebody else wants the place.
 SILENT = 2.0
 #: So many of the silent ones that came just before a multifd channel do not go: QEMU connects its main channel first,
@@ -84,6 +88,8 @@ class Door:
         self._parting = Parting()
         self._count = 0
         self._strangers: Counter[str] = Counter()
+        self._thread: threading.Thread | None = None
+        self._untold: deque[str] = deque()
         self._accept_from = 0.0
         self._unknown: list[Caller] = []
         # Guarded by the crew's lock:
@@ -112,15 +118,26 @@ class Door:
     def dismiss(self, caller: Caller, why: str) -> None:
         """This one, who waits in `mains` or `channels`, is of no migration here."""
         with self._crew.changed:
-            self.take([caller])
-            self._turn_away(caller, why)
+            if caller in self.mains or caller in self.channels:
+                self.take([caller])
+                self._turn_away(caller, why)
+
+    def next_main(self, after: int) -> float:
+        """The number of the first who came after another one and is, or may become, a main channel; else infinity."""
+        with self._crew.changed:
+            numbers = [main.number for main in self.mains]
+        numbers += [caller.number for caller in list(self._unknown) if caller.parser is not None or not caller.data]
+        return min((number for number in numbers if number > after), default=math.inf)
 
     def see_off(self, connections: Iterable[SocketConnection]) -> None:
         """Multifd channels of a migration that failed, whose main channel has been reset."""
         with self._crew.changed:
+            if self._closed:
+                for connection in connections:
+                    connection.close()
+                return
             self._parting.add(connections)
-            if not self._closed:
-                self._wake.set()
+            self._wake.set()
 
     @property
     def parting(self) -> bool:
@@ -137,10 +154,15 @@ class Door:
     def begin(self) -> None:
         """Meet them, in a thread of the crew's, until `close`.  Raises Cancelled, HostError; it is closed then."""
         try:
-            self._crew.spawn("door", self._run)
+            self._thread = self._crew.spawn("door", self._run)
         except BaseException:
             self._leave()
             raise
+
+    def join(self, seconds: float) -> None:
+        """Once it is closed: wait until all are let go, so long at most."""
+        if self._thread is not None:
+            self._thread.join(seconds)
 
     def _run(self) -> None:
         self._selector.register(self._wake, selectors.EVENT_READ)
@@ -164,6 +186,7 @@ class Door:
                         self._wake.clear()
                 self._end_waits(time.monotonic())
                 self._part()
+                self._tell()
         finally:
             self._leave()
 
@@ -193,6 +216,7 @@ class Door:
         self._parting.close()
         for caller in self._unknown:
             caller.connection.close()
+        self._tell()
         if again := sum(self._strangers.values()) - len(self._strangers):
             _warn(f"{again} more connections were ignored, of the kinds told before")
 
@@ -207,8 +231,8 @@ class Door:
             ends.append(now + SILENT)  # whether a channel has gone nothing tells
         if self._parting:
             ends.append(now + parting.MOST / 4)
-        if len(self._unknown) >= MOST and (oldest := self._oldest()) is not None:
-            ends.append(oldest.came + SILENT)
+        if len(self._unknown) >= MOST and (oldest := self._oldest()) is not None and oldest.came + SILENT > now:
+            ends.append(oldest.came + SILENT)  # until then it does not listen
         return max(0.0, min(ends) - now) if ends else None
 
     def _end_of(self, caller: Caller) -> float:
@@ -264,10 +288,10 @@ class Door:
             else:
                 self._forget(caller)
                 self._turn_away(caller, f"{text}: is it a migration?")
-        with self._crew.changed:  # where a main channel is here, it is the job that waits
-            waiting = [] if self.mains else list(self.channels)
-        for caller in [caller for caller in waiting if now >= self._end_of(caller)]:
-            self.dismiss(caller, "is a channel of a migration whose main channel is not here")
+        with self._crew.changed:
+            if not self.mains:  # where one is here, it is the job that waits
+                for caller in [caller for caller in self.channels if now >= self._end_of(caller)]:
+                    self.dismiss(caller, "is a channel of a migration whose main channel is not here")
 
     def _hear(self, caller: Caller) -> None:
         """What they have said meanwhile."""
@@ -353,7 +377,18 @@ class Door:
         self._forget(caller)
         with self._crew.changed:
             where.append(caller)
+            if len(self.channels) > MOST:
+                self._thin_out()
             self._crew.changed.notify_all()
+
+    def _thin_out(self) -> None:
+        """Too many channels wait: the oldest one goes of the VM with fewest, unless all are of one."""
+        sizes = Counter(channel.init.uuid for channel in self.channels)
+        least = min(self.channels, key=lambda channel: sizes[channel.init.uuid])
+        if len(sizes) > 1 or len(self.channels) > MOST_CHANNELS:
+            self.take([least])
+            least.connection.close()
+            self._note(least, "is a channel of a migration whose main channel is not here")
 
     def _forget(self, caller: Caller) -> None:
         self._unknown.remove(caller)
@@ -366,11 +401,22 @@ class Door:
             caller.connection.abort()
         else:
             caller.connection.close()
-        self._strangers[why] += 1
-        if self._strangers[why] == 1:
-            _warn(f"{caller.connection.name}{'' if why.startswith(':') else ' '}{why}: ignored")
-        if len(self._strangers) > 1000:  # who says something else each time
-            self._strangers.clear()
+        self._note(caller, why)
+
+    def _note(self, caller: Caller, why: str) -> None:
+        """To be told by its thread, which holds no lock: whoever reads what is told may be slow."""
+        with self._crew.changed:
+            self._strangers[why] += 1
+            if self._strangers[why] == 1:
+                self._untold.append(f"{caller.connection.name}{'' if why.startswith(':') else ' '}{why}: ignored")
+                if not self._closed:
+                    self._wake.set()
+            if len(self._strangers) > 1000:  # who says something else each time
+                self._strangers.clear()
+
+    def _tell(self) -> None:
+        while self._untold:
+            _warn(self._untold.popleft())
 
 
 def foreign(data: Buffer) -> str:

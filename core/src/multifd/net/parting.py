@@ -17,6 +17,8 @@ from multifd.net.socket import SocketConnection
 #: Seconds that a source is given at most to close its channels once its main channel is reset; QEMU takes 0.12 at most,
 #: on busy processors too.
 MOST = 1.0
+#: So many channels are held at most.
+MOST_CHANNELS = 255
 
 
 class Parting:
@@ -39,7 +41,10 @@ class Parting:
         """These are read here from now on, and closed; their main channel has been reset."""
         until = time.monotonic() + MOST
         for connection in connections:
-            if (number := connection.fileno()) >= 0:
+            number = connection.fileno()
+            if number < 0 or len(self._left) >= MOST_CHANNELS:
+                connection.close()
+            else:
                 self._left[number] = connection, until
                 self._poll.register(number, select.EPOLLIN)
 

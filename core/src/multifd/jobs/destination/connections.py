@@ -14,6 +14,7 @@ from multifd.net.deadline import LETTING_GO, Silence
 from multifd.net.door import Caller, Door
 from multifd.net.recording import RecordedConnection
 from multifd.net.security import warn_exposed
+from multifd.net.socket import SocketConnection
 from multifd.wire.flags import VM_FILE_MAGIC
 from multifd.wire.packet import MAGIC, InitPacket
 
@@ -77,17 +78,15 @@ def meet(
     `silence.timeout`, Ended or another PeerError where a main channel comes that goes no further, Cancelled.
     """
     until = None if first_timeout is None else time.monotonic() + first_timeout
-    since = 0.0
     with crew.changed:
         while (party := _party(door, count, uuid)) is None:
             now = time.monotonic()
             if not door.mains:
-                since = 0.0
                 if until is not None and now >= until and not door.begun:
                     came = f"{counted(door.came, 'connection')} came, none of them a main channel," if door.came else ""
                     raise PeerError(f"{came or 'nobody connected'} within {first_timeout:g} s (--timeout)")
             else:
-                since = since or now
+                since = max(main.came for main in door.mains)
                 late = f"{_came(door, count)}: start both sides with the same number of channels (and multifd on)"
                 if now - since > LETTING_GO and all(main.connection.hung_up() for main in door.mains):
                     if uuid is None:
@@ -97,6 +96,8 @@ def meet(
                     raise Stalled(f"{late}: nothing moved for {silence.timeout:g} s (--timeout)")
             crew.changed.wait(silence.interval)
             crew.check()
+    if isinstance(party.main, SocketConnection):
+        warn_exposed(party.main)
     return party
 
 
@@ -116,7 +117,6 @@ def _party(door: Door, count: int, uuid: bytes | None) -> Party | None:
             channels = [(channel.init, channel.connection) for channel in group.values()]
             _check([init for init, _ in channels], count)
             door.take([whose, *group.values()])
-            warn_exposed(whose.connection)
             return Party(whose.connection, bytes(whose.data), channels)
     return None
 

@@ -142,7 +142,8 @@ class Migration:
         """To the snapshot, which is complete without them, too."""
         assert self._snapshot is not None
         try:
-            self._snapshot.add_digests()
+            with doing(f"the digests of {self._path}, which is complete without them"):
+                self._snapshot.add_digests()
         except MultifdError as error:
             warnings.warn(f"the snapshot is complete, but has no digests: {error}", RuntimeWarning, stacklevel=2)
 

@@ -76,6 +76,16 @@ class Migration:
         """Whether it has ended, or was told to."""
         return self._stopped or self._state in FINAL
 
+    @property
+    def uuid(self) -> bytes | None:
+        """The VM's, where it is known; 16 bytes."""
+        return self._channels.uuid
+
+    @property
+    def number(self) -> int:
+        """Its main channel's, among those who came."""
+        return self._caller.number
+
     def group(self, channels: Sequence[Caller]) -> list[Caller]:
         """Which of those who wait may be its own, the likeliest first: QEMU connects them after its main channel.
 

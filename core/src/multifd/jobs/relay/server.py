@@ -147,6 +147,7 @@ class Relay:
             pass
         finally:
             door.close()
+            door.join(2 * parting.MOST)
             self._crew.join()
 
     def _next(self, door: Door) -> Migration:
@@ -205,7 +206,12 @@ class Relay:
         door.see_off(migration.left)
         with self._changed:
             while (door.parting or time.monotonic() < late) and time.monotonic() < deadline and not self._crew.over:
-                for channel in migration.group(door.channels):
-                    door.see_off([channel.connection])
-                    door.take([channel])
+                # Behind the next main channel come its own.
+                until = door.next_main(migration.number)
+                for channel in [each for each in migration.group(door.channels) if each.number < until]:
+                    if migration.uuid in (None, channel.init.uuid):
+                        door.take([channel])
+                        door.see_off([channel.connection])
+                if door.mains:
+                    return
                 self._changed.wait(0.1)
