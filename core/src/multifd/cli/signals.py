@@ -17,6 +17,9 @@ from multifd.errors import MultifdError
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+#: Seconds for a last word.
+TELLING = 0.2
+
 
 class Stopped(BaseException):
     """A signal has ended the command."""
@@ -56,9 +59,16 @@ def run_beside(run: Callable[[], int], crew: Crew) -> int:
 
 def leave_stuck(code: int, names: list[str]) -> None:
     """End the process although threads are in calls that nothing can wake: a plugin's, the disk's, the resolver's."""
-    say(f"{', '.join(sorted(set(names)))}: nothing wakes it (a plugin, a disk, a resolver): left as it is")
-    with suppress(OSError):
-        sys.stdout.flush()
+
+    def tell() -> None:
+        say(f"{', '.join(sorted(set(names)))}: nothing wakes it (a plugin, a disk, a resolver): left as it is")
+        with suppress(OSError):
+            sys.stdout.flush()
+
+    telling = threading.Thread(target=tell, daemon=True)
+    with suppress(RuntimeError):  # no thread is left
+        telling.start()
+        telling.join(TELLING)  # a terminal that has stopped takes nothing
     leave(code)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from multifd.errors import PeerError
 from multifd.net.connection import Ended, Readable
-from multifd.net.door import foreign
 from multifd.net.recording import RecordedConnection
+from multifd.net.strangers import foreign
 from multifd.wire.flags import MULTIFD_MAGIC, VM_FILE_MAGIC
 from multifd.wire.packet import INIT, MAGIC, PREFIX, InitPacket, RamPacket, is_device_state
 

@@ -11,10 +11,8 @@ import math
 import selectors
 import threading
 import time
-import warnings
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Collection, Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 from multifd.crew import Crew
@@ -25,11 +23,12 @@ from multifd.net.deadline import Silence
 from multifd.net.listener import Listener
 from multifd.net.parting import Parting
 from multifd.net.socket import SocketConnection
+from multifd.net.strangers import Strangers, foreign
 from multifd.net.wake import Wake
 from multifd.wire.events import BlockList, Configuration
 from multifd.wire.flags import MULTIFD_MAGIC, VM_FILE_MAGIC
 from multifd.wire.mainchannel import Parser
-from multifd.wire.packet import INIT, MAGIC, Buffer, InitPacket
+from multifd.wire.packet import INIT, MAGIC, InitPacket
 
 #: So many may wait without having shown who they are.
 MOST = 64
@@ -87,9 +86,8 @@ class Door:
         self._wake = Wake()
         self._parting = Parting()
         self._count = 0
-        self._strangers: Counter[str] = Counter()
+        self._strangers = Strangers()
         self._thread: threading.Thread | None = None
-        self._untold: deque[str] = deque()
         self._accept_from = 0.0
         self._unknown: list[Caller] = []
         # Guarded by the crew's lock:
@@ -186,7 +184,7 @@ class Door:
                         self._wake.clear()
                 self._end_waits(time.monotonic())
                 self._part()
-                self._tell()
+                self._strangers.tell()
         finally:
             self._leave()
 
@@ -216,9 +214,7 @@ class Door:
         self._parting.close()
         for caller in self._unknown:
             caller.connection.close()
-        self._tell()
-        if again := sum(self._strangers.values()) - len(self._strangers):
-            _warn(f"{again} more connections were ignored, of the kinds told before")
+        self._strangers.tell_all()
 
     def _next_look(self, now: float) -> float | None:
         """Seconds until there is something to do though nobody has said anything; None for ever."""
@@ -404,32 +400,6 @@ class Door:
         self._note(caller, why)
 
     def _note(self, caller: Caller, why: str) -> None:
-        """To be told by its thread, which holds no lock: whoever reads what is told may be slow."""
         with self._crew.changed:
-            self._strangers[why] += 1
-            if self._strangers[why] == 1:
-                self._untold.append(f"{caller.connection.name}{'' if why.startswith(':') else ' '}{why}: ignored")
-                if not self._closed:
-                    self._wake.set()
-            if len(self._strangers) > 1000:  # who says something else each time
-                self._strangers.clear()
-
-    def _tell(self) -> None:
-        while self._untold:
-            _warn(self._untold.popleft())
-
-
-def foreign(data: Buffer) -> str:
-    """What is wrong with somebody's first bytes."""
-    (magic,) = MAGIC.unpack_from(data)
-    tls = ": it speaks TLS, this side does not" if bytes(data[:2]) == b"\x16\x03" else ""
-    return (
-        f"begins with {magic:#010x}, neither a migration ({VM_FILE_MAGIC:#010x}) nor a multifd channel "
-        f"({MULTIFD_MAGIC:#010x}){tls}"
-    )
-
-
-def _warn(text: str) -> None:
-    """A stranger ends nothing, also where warnings are errors."""
-    with suppress(RuntimeWarning):
-        warnings.warn(text, RuntimeWarning, stacklevel=3)
+            if self._strangers.note(caller.connection.name, why) and not self._closed:
+                self._wake.set()

@@ -1,0 +1,58 @@
+"""Who was turned away, told: each kind once, others like it counted."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter, deque
+from contextlib import suppress
+
+from multifd.wire.flags import MULTIFD_MAGIC, VM_FILE_MAGIC
+from multifd.wire.packet import MAGIC, Buffer
+
+#: Kinds that are remembered: somebody may say something else each time.
+MOST_KINDS = 1000
+
+
+class Strangers:
+    """Noted by any thread, one at a time; told by one that holds no lock: whoever reads that may be slow."""
+
+    def __init__(self) -> None:
+        self._count: Counter[str] = Counter()
+        self._untold: deque[str] = deque()
+
+    def note(self, name: str, why: str) -> bool:
+        """Whether there is something to tell: another one of whom this is said has been told already."""
+        self._count[why] += 1
+        if self._count[why] > 1:
+            return False
+        self._untold.append(f"{name}{'' if why.startswith(':') else ' '}{why}: ignored")
+        if len(self._count) > MOST_KINDS:
+            self._count.clear()
+        return True
+
+    def tell(self) -> None:
+        """Those of a new kind."""
+        while self._untold:
+            _warn(self._untold.popleft())
+
+    def tell_all(self) -> None:
+        """And how many others there were."""
+        self.tell()
+        if again := sum(self._count.values()) - len(self._count):
+            _warn(f"{again} more connections were ignored, of the kinds told before")
+
+
+def foreign(data: Buffer) -> str:
+    """What is wrong with somebody's first bytes."""
+    (magic,) = MAGIC.unpack_from(data)
+    tls = ": it speaks TLS, this side does not" if bytes(data[:2]) == b"\x16\x03" else ""
+    return (
+        f"begins with {magic:#010x}, neither a migration ({VM_FILE_MAGIC:#010x}) nor a multifd channel "
+        f"({MULTIFD_MAGIC:#010x}){tls}"
+    )
+
+
+def _warn(text: str) -> None:
+    """A stranger ends nothing, also where warnings are errors."""
+    with suppress(RuntimeWarning):
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
