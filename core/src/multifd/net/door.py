@@ -85,7 +85,8 @@ class Door:
         self._selector = selectors.DefaultSelector()
         self._wake = Wake()
         self._parting = Parting()
-        self._count = 0
+        #: How many have connected.
+        self.came = 0
         self._strangers = Strangers()
         self._thread: threading.Thread | None = None
         self._accept_from = 0.0
@@ -96,11 +97,6 @@ class Door:
         #: Whether a migration is under way that they do not belong to.
         self.busy = False
         self._closed = False
-
-    @property
-    def came(self) -> int:
-        """How many have connected."""
-        return self._count
 
     @property
     def begun(self) -> bool:
@@ -269,8 +265,8 @@ class Door:
         if connection is None:
             self._accept_from = time.monotonic() + AGAIN
             return
-        self._count += 1
-        caller = Caller(connection, self._count)
+        self.came += 1
+        caller = Caller(connection, self.came)
         self._unknown.append(caller)
         self._selector.register(connection, selectors.EVENT_READ, caller)
         self._hear(caller)
@@ -350,9 +346,8 @@ class Door:
             self._fail(caller, Ended(f"the stream ended at byte {count}, before its RAM blocks were listed"))
         else:
             self._forget(caller)
-            self._turn_away(
-                caller, f"ended after {count} bytes: is it a migration?" if count else "closed without a byte"
-            )
+            why = f"ended after {count} bytes: is it a migration?" if count else "closed without a byte"
+            self._turn_away(caller, why)
 
     def _fail(self, caller: Caller, failure: PeerError) -> None:
         """A main channel that does not list its blocks: a migration that failed, unless it may be a stranger's."""
