@@ -27,7 +27,7 @@ from multifd.net.strangers import Strangers, foreign
 from multifd.net.wake import Wake
 from multifd.wire.events import BlockList, Configuration
 from multifd.wire.flags import MULTIFD_MAGIC, VM_FILE_MAGIC
-from multifd.wire.mainchannel import Parser
+from multifd.wire.mainchannel import Parser, Unsupported
 from multifd.wire.packet import INIT, MAGIC, InitPacket
 
 #: So many may wait without having shown who they are.
@@ -351,12 +351,11 @@ class Door:
 
     def _fail(self, caller: Caller, failure: PeerError) -> None:
         """A main channel that does not list its blocks: a migration that failed, unless it may be a stranger's."""
-        cut = isinstance(failure, (Ended, Stalled))
         others = [other for other in self._unknown if other is not caller and (not other.data or other.parser)]
         with self._crew.changed:
-            alone = not self.mains and not self.busy and not (cut and others)
-            its = not cut and any(channel.number > caller.number for channel in self.channels)
-        if alone and (its or caller.configuration is not None):
+            alone = not self.mains and not self.busy
+        known = isinstance(failure, Unsupported) or (caller.configuration is not None and not others)
+        if alone and known:
             caller.failure = failure
             self._known(caller, self.mains)
         else:

@@ -59,6 +59,10 @@ ZERO_BATCH = 1024
 _POSTCOPY = "turn postcopy-ram off on the source: this side cannot take it"
 
 
+class Unsupported(PeerError):
+    """A migration, but of a kind that cannot be taken: the source's settings or devices have to change."""
+
+
 class Parser:
     """Reads a main channel from its first byte.
 
@@ -167,8 +171,8 @@ class Parser:
         data = yield from self._take(length)
         return data.decode("ascii", "backslashreplace")
 
-    def _wrong(self, text: str) -> PeerError:
-        return PeerError(f"at byte {self.position}: {text}")
+    def _wrong(self, text: str, kind: type[PeerError] = PeerError) -> PeerError:
+        return kind(f"at byte {self.position}: {text}")
 
     def _parse(self) -> _Steps:
         magic, version = yield from self._unpack(FILE_HEADER)
@@ -242,14 +246,15 @@ class Parser:
         names: list[str] = []
         while len(names) < min(count, 8):
             names += [(yield from self._name())]
-        raise self._wrong(f"the source has {' and '.join(names)} on, which leave memory out: turn it off there")
+        text = f"the source has {' and '.join(names)} on, which leave memory out: turn it off there"
+        raise self._wrong(text, Unsupported)
 
     def _command(self) -> _Steps:
         self._command_at = self.position - 1  # its section's type is read
         number, length = yield from self._unpack(COMMAND_HEAD)
         if 3 <= number <= 10:
             what = "COLO" if number == 8 else f"postcopy: {_POSTCOPY}"
-            raise self._wrong(f"command {number} belongs to {what}")
+            raise self._wrong(f"command {number} belongs to {what}", Unsupported)
         wanted = COMMAND_LENGTHS.get(number)
         if wanted is not None and length != wanted:
             raise self._wrong(f"command {number} with {length} bytes of data, not {wanted}")
@@ -262,7 +267,8 @@ class Parser:
             section, name, _, _ = yield from self._section_head()
             raise self._wrong(
                 f"section {section} ({name}) before RAM is complete: devices with live sections of their own "
-                "(VFIO, block migration, dirty bitmaps) cannot be delimited"
+                "(VFIO, block migration, dirty bitmaps) cannot be delimited",
+                Unsupported,
             )
         if kind == Section.EOF:
             raise self._wrong("the source ended the stream before RAM was complete: did it fail or cancel?")
