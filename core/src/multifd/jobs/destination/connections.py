@@ -18,6 +18,9 @@ from multifd.net.socket import SocketConnection
 from multifd.wire.flags import VM_FILE_MAGIC
 from multifd.wire.packet import MAGIC, InitPacket
 
+#: Seconds that a main channel waits for multifd channels which came after it, before others are its own.
+EARLY = 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class Party:
@@ -113,7 +116,8 @@ def _party(door: Door, count: int, uuid: bytes | None) -> Party | None:
     for channel in sorted(door.channels, key=lambda channel: channel.connection.hung_up()):
         groups.setdefault(channel.init.uuid, {}).setdefault(channel.init.id, channel)
     for vm, group in groups.items():
-        if all(number in group for number in range(count)) and (whose := _main(door.mains, vm, group.values())):
+        whose = _main(door.mains, vm, group.values())
+        if whose is not None and all(number in group for number in range(count)):
             channels = [(channel.init, channel.connection) for channel in group.values()]
             _check([init for init, _ in channels], count)
             door.take([whose, *group.values()])
@@ -136,7 +140,9 @@ def _main(mains: Sequence[Caller], uuid: bytes, channels: Collection[Caller]) ->
     fitting = [main for main in mains if main.configuration is not None and main.configuration.uuid in (None, uuid)]
     first = min(channel.number for channel in channels)
     before = [main for main in fitting if main.number < first]
-    return max(before or fitting, key=lambda main: main.number, default=None)
+    now = time.monotonic()
+    late = [main for main in fitting if now - main.came > EARLY]  # nobody else's have come
+    return max(before or late, key=lambda main: main.number, default=None)
 
 
 def _came(door: Door, count: int) -> str:
