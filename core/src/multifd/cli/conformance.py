@@ -13,6 +13,7 @@ from multifd.errors import UsageError
 def configure(parser: argparse.ArgumentParser) -> Run:
     """Its options."""
     parser.description = "Run every check of the conformance suite on one compressor, each in a process of its own."
+    parser.set_defaults(_alone=True)  # checks are forked
     parser.add_argument("compressor", metavar="NAME[,key=value...]", help="see `multifd compressors`")
     parser.add_argument("--check", metavar="CHECK", action="append", help="only this one; may be repeated")
     return run

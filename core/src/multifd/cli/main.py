@@ -17,7 +17,7 @@ from multifd import __version__
 from multifd.cli import commands
 from multifd.cli.options import choose_plugins
 from multifd.cli.output import say, show_warning
-from multifd.cli.signals import Stopped, leave_stuck, run_beside
+from multifd.cli.signals import Stopped, leave_stuck, run_alone, run_beside
 from multifd.crew import Crew
 from multifd.errors import MultifdError, UsageError
 
@@ -47,7 +47,7 @@ def _run(argv: Sequence[str], crew: Crew) -> int:
             sys.stdout.flush()
             return code
 
-        return run_beside(run, crew)
+        return run_alone(run) if getattr(arguments, "_alone", False) else run_beside(run, crew)
     except BrokenPipeError:
         # Whoever read our output has gone; do not complain about it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 from multifd.cli.output import say
 from multifd.crew import Crew, leave
@@ -55,6 +56,21 @@ def run_beside(run: Callable[[], int], crew: Crew) -> int:
     if stopped and isinstance(errors[0], (MultifdError, KeyboardInterrupt)):
         raise Stopped(stopped)
     raise errors[0]
+
+
+def run_alone(run: Callable[[], int]) -> int:
+    """Run a command in the main thread of a process that has no other, as one that forks needs it.
+
+    Raises Stopped at a signal.
+    """
+    for number in STOPPING:
+        signal.signal(number, _stop)
+    return run()
+
+
+def _stop(number: int, _: object) -> NoReturn:
+    signal.signal(number, signal.SIG_DFL)
+    raise Stopped(number)
 
 
 def leave_stuck(code: int, names: list[str]) -> None:
