@@ -235,8 +235,9 @@ def undone(undo: Callable[[], None]) -> Iterator[None]:
 
 def leave(code: int) -> None:
     """End the process at once, whatever its threads do."""
-    while _undoings:
-        _, undo = _undoings.popitem()
-        with suppress(Exception):
-            undo()
+    with suppress(KeyError):  # they may undo the last one themselves
+        while True:
+            _, undo = _undoings.popitem()
+            with suppress(Exception):
+                undo()
     os._exit(code)
