@@ -237,7 +237,7 @@ class RecvChannels:
         """
         header = memoryview(bytearray(header_length(memory.page_size)))
         pages = memoryview(packet_buffer())
-        while not self._over and channel.connection.ready(self._main_complete):
+        while not (self._over or self._crew.over) and channel.connection.ready(self._main_complete):
             try:
                 packet = read_packet(channel.connection, header, memory.page_size)
             except Ended as ended:
