@@ -106,18 +106,23 @@ def test_a_second_migration_meanwhile_is_refused_and_mixes_nothing(work: Path) -
         assert peers.eventually(lambda: relaying.connections() == 6), (
             "it serves this one, with three to the destination"
         )
-        with pytest.warns(RuntimeWarning, match="is a second main channel, the relay serves one migration at a time"):
+        with pytest.warns(
+            RuntimeWarning, match="is a second main channel, the relay serves one migration at a time"
+        ) as warned:
             other = peers.dial(relaying.uri)
             other.sendall(stream.main[: cuts[0]])
             assert refused(other)
-        with pytest.warns(RuntimeWarning, match="which is not the migration that the relay serves"):
+            assert peers.eventually(lambda: len(warned) > 0)
+        with pytest.warns(RuntimeWarning, match="which is not the migration that the relay serves") as warned:
             late = peers.dial(relaying.uri)
             late.sendall(streams.init(1))
             assert refused(late)
-        with pytest.warns(RuntimeWarning, match="begins with 0x47455420, neither a migration"):
+            assert peers.eventually(lambda: len(warned) > 0)
+        with pytest.warns(RuntimeWarning, match="begins with 0x47455420, neither a migration") as warned:
             stranger = peers.dial(relaying.uri)
             stranger.sendall(b"GET / HTTP/1.0\r\n\r\n")
             assert refused(stranger)
+            assert peers.eventually(lambda: len(warned) > 0)
         for sock, data, cut in zip(socks, [stream.main, *stream.channels], cuts, strict=True):
             sock.sendall(data[cut:])
         there.join()
