@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ pytest.register_assert_rewrite("captures", "commands", "peers", "qemus", "relayi
 
 import prove
 import standin as standin_module
+import strangers
 from captures import OWN_CAPTURES, Capture, load_captures
 from certificates import Authority
 from multifd.testing.harness import descriptors
@@ -92,6 +94,31 @@ def authority() -> Authority:
 @pytest.fixture
 def creds(authority: Authority, work: Path) -> Path:
     return authority.directory(work / "pki")
+
+
+@pytest.fixture(scope="session")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Certificates that no test changes."""
+    return Authority().directory(tmp_path_factory.mktemp("keys") / "pki")
+
+
+@pytest.fixture(params=[None, "tls"], ids=["plain", "tls"])
+def either(request: pytest.FixtureRequest, keys: Path) -> Path | None:
+    """For a test with TLS and without."""
+    return keys if request.param else None
+
+
+@pytest.fixture
+def wrap(either: Path | None) -> strangers.Wrap:
+    """A client's side of that."""
+    return None if either is None else strangers.tls(either)
+
+
+@pytest.fixture
+def held() -> Iterator[list[socket.socket]]:
+    """What strangers keep open; closed at the end."""
+    with strangers.closing([]) as socks:
+        yield socks
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import select
 import socket
 import time
 import uuid
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ import multifd
 import peers
 import strangers
 import streams
-from certificates import Authority
 from multifd.errors import PeerError
 from strangers import FOREIGN, Source, receiving
 
@@ -31,33 +29,11 @@ pytestmark = pytest.mark.timeout(90)
 CROWD = 80
 
 
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Authority().directory(tmp_path_factory.mktemp("door") / "pki")
-
-
-@pytest.fixture(params=[None, "tls"], ids=["plain", "tls"])
-def creds(request: pytest.FixtureRequest, keys: Path) -> Path | None:
-    return keys if request.param else None
-
-
-@pytest.fixture
-def wrap(creds: Path | None) -> strangers.Wrap:
-    return None if creds is None else strangers.tls(creds)
-
-
-@pytest.fixture
-def held() -> Iterator[list[socket.socket]]:
-    """What strangers keep open; closed at the end."""
-    with strangers.closing([]) as socks:
-        yield socks
-
-
 @pytest.mark.parametrize("kind", strangers.KINDS)
-def test_before(work: Path, creds: Path | None, wrap: strangers.Wrap, held: list[socket.socket], kind: str) -> None:
-    with receiving(work / "snap", tls_creds=creds) as job, Source(wrap) as source:
+def test_before(work: Path, either: Path | None, wrap: strangers.Wrap, held: list[socket.socket], kind: str) -> None:
+    with receiving(work / "snap", tls_creds=either) as job, Source(wrap) as source:
         held += strangers.KINDS[kind](job.uri, wrap)
-        if kind in strangers.DROPPED_AT_ONCE[creds is not None]:
+        if kind in strangers.DROPPED_AT_ONCE[either is not None]:
             assert all(map(strangers.is_gone, held))
         source.begin(job.uri)
         source.finish()
@@ -67,12 +43,12 @@ def test_before(work: Path, creds: Path | None, wrap: strangers.Wrap, held: list
 
 
 @pytest.mark.parametrize("kind", [*strangers.KINDS, *strangers.MEANWHILE])
-def test_meanwhile(work: Path, creds: Path | None, wrap: strangers.Wrap, held: list[socket.socket], kind: str) -> None:
+def test_meanwhile(work: Path, either: Path | None, wrap: strangers.Wrap, held: list[socket.socket], kind: str) -> None:
     """One channel is not there yet: it listens."""
-    with receiving(work / "snap", tls_creds=creds) as job, Source(wrap) as source:
+    with receiving(work / "snap", tls_creds=either) as job, Source(wrap) as source:
         source.begin(job.uri, 0, 1)
         held += (strangers.KINDS | strangers.MEANWHILE)[kind](job.uri, wrap)
-        if kind in strangers.DROPPED_AT_ONCE[creds is not None]:
+        if kind in strangers.DROPPED_AT_ONCE[either is not None]:
             assert all(map(strangers.is_gone, held))
         source.finish()
         job.join()
@@ -148,12 +124,12 @@ def test_nobody_is_turned_away_who_is_young(work: Path, held: list[socket.socket
         job.join()
 
 
-@pytest.mark.parametrize(("creds", "first"), [(None, "the main channel"), ("tls", "the crowd")], indirect=["creds"])
+@pytest.mark.parametrize(("either", "first"), [(None, "the main channel"), ("tls", "the crowd")], indirect=["either"])
 def test_a_main_channel_that_waits_for_its_others(
-    work: Path, creds: Path | None, wrap: strangers.Wrap, held: list[socket.socket], first: str
+    work: Path, either: Path | None, wrap: strangers.Wrap, held: list[socket.socket], first: str
 ) -> None:
     """QEMU's says nothing until they have connected; the crowd comes from elsewhere, and wants its place."""
-    with receiving(work / "snap", tls_creds=creds) as job, Source(wrap) as source:
+    with receiving(work / "snap", tls_creds=either) as job, Source(wrap) as source:
         if first == "the main channel":
             source.connect(job.uri, 0)
             held += strangers.silent(job.uri, CROWD, "127.0.0.9")

@@ -21,7 +21,6 @@ import multifd
 import peers
 import strangers
 import streams
-from certificates import Authority
 from multifd import open_snapshot
 from multifd.jobs.relay.outcome import Relayed
 from relaying import Relaying, closing
@@ -36,28 +35,6 @@ ALLOWANCE = 64 * MIB
 THOUSAND = 1000
 #: Seconds that a source waits behind a thousand; the kernel tries a connection again after 1, 3, 7, 15, 31 s.
 PATIENCE = 75
-
-
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Authority().directory(tmp_path_factory.mktemp("door") / "pki")
-
-
-@pytest.fixture(params=[None, "tls"], ids=["plain", "tls"])
-def creds(request: pytest.FixtureRequest, keys: Path) -> Path | None:
-    return keys if request.param else None
-
-
-@pytest.fixture
-def wrap(creds: Path | None) -> strangers.Wrap:
-    return None if creds is None else strangers.tls(creds)
-
-
-@pytest.fixture
-def held() -> Iterator[list[socket.socket]]:
-    """What strangers keep open; closed at the end."""
-    with strangers.closing([]) as socks:
-        yield socks
 
 
 def active(relaying: Relaying) -> float:
@@ -80,10 +57,10 @@ def serve(relaying: Relaying, snapshot: Path, wrap: strangers.Wrap = None) -> No
 
 
 @pytest.mark.parametrize("kind", strangers.KINDS)
-def test_before(work: Path, creds: Path | None, wrap: strangers.Wrap, held: list[socket.socket], kind: str) -> None:
-    with closing(Relaying(f"unix:{work}/there", listen_tls_creds=creds)) as relaying:
+def test_before(work: Path, either: Path | None, wrap: strangers.Wrap, held: list[socket.socket], kind: str) -> None:
+    with closing(Relaying(f"unix:{work}/there", listen_tls_creds=either)) as relaying:
         held += strangers.KINDS[kind](relaying.uri, wrap)
-        if kind in strangers.DROPPED_AT_ONCE[creds is not None]:
+        if kind in strangers.DROPPED_AT_ONCE[either is not None]:
             assert all(map(strangers.is_gone, held))
         serve(relaying, work / "snap", wrap)
         whole(relaying)
@@ -91,14 +68,14 @@ def test_before(work: Path, creds: Path | None, wrap: strangers.Wrap, held: list
 
 
 @pytest.mark.parametrize("kind", [*strangers.KINDS, *strangers.MEANWHILE])
-def test_meanwhile(work: Path, creds: Path | None, wrap: strangers.Wrap, held: list[socket.socket], kind: str) -> None:
+def test_meanwhile(work: Path, either: Path | None, wrap: strangers.Wrap, held: list[socket.socket], kind: str) -> None:
     """And the next migration is served, though they are still there."""
-    with closing(Relaying(f"unix:{work}/there", 2, listen_tls_creds=creds, to="zlib")) as relaying:
+    with closing(Relaying(f"unix:{work}/there", 2, listen_tls_creds=either, to="zlib")) as relaying:
         with receiving(work / "snap", f"unix:{work}/there") as job, Source(wrap) as source:
             source.begin(relaying.uri)
             source.moves()
             held += (strangers.KINDS | strangers.MEANWHILE)[kind](relaying.uri, wrap)
-            if kind in strangers.DROPPED_AT_ONCE[creds is not None]:
+            if kind in strangers.DROPPED_AT_ONCE[either is not None]:
                 assert all(map(strangers.is_gone, held))
             source.finish()
             job.join()
@@ -109,20 +86,20 @@ def test_meanwhile(work: Path, creds: Path | None, wrap: strangers.Wrap, held: l
 
 
 def test_all_of_them_while_a_guest_moves(
-    work: Path, creds: Path | None, wrap: strangers.Wrap, held: list[socket.socket]
+    work: Path, either: Path | None, wrap: strangers.Wrap, held: list[socket.socket]
 ) -> None:
     """Our own source, over a network that takes a second or two for it."""
     content = images.write_memory(work)
     with (
         receiving(work / "snap") as job,
-        closing(Relaying(job.uri, listen_tls_creds=creds, to="zlib")) as relaying,
+        closing(Relaying(job.uri, listen_tls_creds=either, to="zlib")) as relaying,
         ExitStack() as stack,
     ):
         link = peers.SlowLink(relaying.uri, 4 * MIB)
         stack.callback(link.close)
         moved: list[multifd.jobs.report.Result] = []
         image = open_snapshot(work / "image.raw")
-        moving = threading.Thread(target=lambda: moved.append(multifd.send(image, link.uri, tls_creds=creds)))
+        moving = threading.Thread(target=lambda: moved.append(multifd.send(image, link.uri, tls_creds=either)))
         moving.start()
         stack.callback(moving.join, peers.TIMEOUT)
         assert peers.eventually(lambda: active(relaying) == 1)
@@ -164,14 +141,14 @@ def test_a_crowd_that_says_nothing(work: Path, held: list[socket.socket]) -> Non
     assert strangers.memory(work / "snap") == source.ram
 
 
-@pytest.mark.parametrize(("creds", "first"), [("tls", "the main channel"), (None, "the crowd")], indirect=["creds"])
+@pytest.mark.parametrize(("either", "first"), [("tls", "the main channel"), (None, "the crowd")], indirect=["either"])
 def test_a_main_channel_that_waits_for_its_others(
-    work: Path, creds: Path | None, wrap: strangers.Wrap, held: list[socket.socket], first: str
+    work: Path, either: Path | None, wrap: strangers.Wrap, held: list[socket.socket], first: str
 ) -> None:
     """QEMU's says nothing until they have connected; the crowd comes from elsewhere, and wants its place."""
     with (
         receiving(work / "snap") as job,
-        closing(Relaying(job.uri, listen_tls_creds=creds)) as relaying,
+        closing(Relaying(job.uri, listen_tls_creds=either)) as relaying,
         Source(wrap) as source,
     ):
         if first == "the main channel":
@@ -254,7 +231,7 @@ def test_what_another_vm_sends_whole_is_a_migration_and_the_next_is_served(work:
 
 
 def test_a_port_scan_is_no_migration(
-    work: Path, creds: Path | None, wrap: strangers.Wrap, held: list[socket.socket]
+    work: Path, either: Path | None, wrap: strangers.Wrap, held: list[socket.socket]
 ) -> None:
     """Neither for the metrics, nor for observers, nor for the destination."""
     seen = work / "stats"
@@ -263,7 +240,7 @@ def test_a_port_scan_is_no_migration(
     target = f"tcp:127.0.0.1:{there.getsockname()[1]}"
     with (
         there,
-        closing(Relaying(target, listen_tls_creds=creds, observe=[f"stats={seen}"])) as relaying,
+        closing(Relaying(target, listen_tls_creds=either, observe=[f"stats={seen}"])) as relaying,
     ):
         for come in strangers.KINDS.values():
             held += come(relaying.uri, wrap)

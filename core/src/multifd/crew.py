@@ -182,9 +182,7 @@ class Crew:
     def join(self) -> None:
         """End all threads, and wait for them; for those that nothing can wake not for ever."""
         self.end()
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join(self.left)
+        self.await_threads(self.left)
 
     def await_threads(self, seconds: float) -> None:
         """Wait for them to end by themselves, so long at most."""

@@ -149,8 +149,9 @@ class RecvChannels:
             number = self._passed + 1
             self._silence.awaited = True
             while late := self._late(number):
-                if not self._crew.wait_for(lambda: not self._late(number), self._silence.interval):
+                if not self._crew.changed.wait(self._silence.interval):
                     self._silence.check(late, awaited=True)
+                self._crew.check()
             if odd := self._numbers.sync_point([channel.rounds.popleft() for channel in self._channels]):
                 warnings.warn(odd, RuntimeWarning, stacklevel=2)
             between()

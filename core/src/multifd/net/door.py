@@ -13,11 +13,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
 
 from multifd.crew import Crew
 from multifd.errors import MultifdError, PeerError
 from multifd.net import parting
+from multifd.net.caller import NO_CHANNEL, Caller
 from multifd.net.connection import Ended, Stalled
 from multifd.net.deadline import Silence
 from multifd.net.listener import Listener
@@ -42,31 +42,8 @@ SHIELDED = 4
 #: Bytes that a main channel may take until its RAM blocks are listed (QEMU's lists are some KiB).
 MOST_HEAD = 256 * 1024
 READ = 16 * 1024
-NO_CHANNEL = InitPacket(bytes(16), -1)
 #: Seconds until somebody who could not be met is tried again.
 AGAIN = 0.1
-
-
-@dataclass(slots=True, eq=False)
-class Caller:
-    """Somebody who has connected; `data` is all that they have said."""
-
-    connection: SocketConnection
-    number: int
-    came: float = field(default_factory=time.monotonic)
-    data: bytearray = field(default_factory=bytearray)
-    #: A multifd channel's, once it is shown.
-    init: InitPacket = NO_CHANNEL
-    #: A main channel's, which reads along.
-    parser: Parser | None = None
-    configuration: Configuration | None = None
-    #: Why a main channel has not come to its list of RAM blocks.
-    failure: PeerError | None = None
-
-    @property
-    def host(self) -> str:
-        """Whence they came; all alike at a Unix socket."""
-        return self.connection.name.rpartition(":")[0]
 
 
 class Door:

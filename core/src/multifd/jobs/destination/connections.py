@@ -9,17 +9,15 @@ from dataclasses import dataclass
 from multifd.crew import Crew
 from multifd.engine.headers import identify
 from multifd.errors import PeerError, counted
+from multifd.net.caller import EARLY, Caller, by_vm
 from multifd.net.connection import Connection, Ended, Stalled
 from multifd.net.deadline import LETTING_GO, Silence
-from multifd.net.door import Caller, Door
+from multifd.net.door import Door
 from multifd.net.recording import RecordedConnection
 from multifd.net.security import warn_exposed
 from multifd.net.socket import SocketConnection
 from multifd.wire.flags import VM_FILE_MAGIC
 from multifd.wire.packet import MAGIC, InitPacket
-
-#: Seconds that a main channel waits for multifd channels which came after it, before others are its own.
-EARLY = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +109,8 @@ def _party(door: Door, count: int, uuid: bytes | None) -> Party | None:
     for main in door.mains:
         if main.failure is not None:
             raise type(main.failure)(f"main channel: {main.failure}") from main.failure
-    groups: dict[bytes, dict[int, Caller]] = {}
     # What an attempt before this one left behind has been closed.
-    for channel in sorted(door.channels, key=lambda channel: channel.connection.hung_up()):
-        groups.setdefault(channel.init.uuid, {}).setdefault(channel.init.id, channel)
+    groups = by_vm(sorted(door.channels, key=lambda channel: channel.connection.hung_up()))
     for vm, group in groups.items():
         whose = _main(door.mains, vm, group.values())
         if whose is not None and all(number in group for number in range(count)):

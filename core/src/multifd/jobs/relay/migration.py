@@ -23,10 +23,10 @@ from multifd.jobs.relay.plan import Plan
 from multifd.jobs.relay.recoding import Recoding
 from multifd.jobs.relay.verdict import FINAL, SUCCESSES, Saw, State, after, seen, told
 from multifd.jobs.verdict import LAST_WORD
+from multifd.net.caller import EARLY, Caller, by_vm
 from multifd.net.connect import connect
 from multifd.net.connection import Ended, Lost
 from multifd.net.deadline import LETTING_GO, Silence
-from multifd.net.door import Caller
 from multifd.net.socket import SocketConnection, await_closing
 from multifd.net.wake import Wake
 from multifd.observe.hooks import IN, OUT
@@ -35,8 +35,6 @@ from multifd.wire.events import BlockList, Event, PageData, RamEnd, SyncPoint
 from multifd.wire.flags import method_name
 from multifd.wire.packet import InitPacket
 
-#: Seconds that a main channel has to wait for multifd channels which came after it, before others are its own.
-EARLY = 1.0
 GONE = "the destination closed the connection"
 
 
@@ -96,10 +94,7 @@ class Migration:
             later = [channel for channel in channels if channel.number > self._caller.number]
             if not later and time.monotonic() - self._started > EARLY:
                 later = list(channels)
-            groups: dict[bytes, dict[int, Caller]] = {}
-            for channel in later:
-                groups.setdefault(channel.init.uuid, {}).setdefault(channel.init.id, channel)
-            return list(max(groups.values(), key=len, default={}).values())
+            return list(max(by_vm(later).values(), key=len, default={}).values())
         return sorted(
             channels, key=lambda channel: (channel.connection.hung_up(), channel.number < self._caller.number)
         )
