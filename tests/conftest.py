@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -24,6 +25,10 @@ from qemus import MIB, Qemu, Start, binary, qemus
 from sites import Site
 
 T = TypeVar("T")
+
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    # Under nohup: what the tests start is to be hung up on all the same, and would inherit this.
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 #: Packages with tests of their own, which run in an environment of their own.
 collect_ignore_glob = ["packaging/from-0.1/*"]
