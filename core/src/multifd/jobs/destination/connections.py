@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from uuid import UUID
 
 from multifd.crew import Crew
 from multifd.engine.headers import identify
@@ -92,7 +93,7 @@ def meet(
                 if now - since > LETTING_GO and all(main.connection.hung_up() for main in door.mains):
                     if uuid is None:
                         raise Ended(f"{late}, and its main channel has ended")
-                    door.dismiss(door.mains[0], f"is a main channel without channels of VM {uuid.hex()}")
+                    door.dismiss(door.mains[0], f"is a main channel without channels of VM {UUID(bytes=uuid)}")
                 if now - since >= silence.timeout:
                     raise Stalled(f"{late}: nothing moved for {silence.timeout:g} s (--timeout)")
             crew.changed.wait(silence.interval)
@@ -124,11 +125,11 @@ def _party(door: Door, count: int, uuid: bytes | None) -> Party | None:
 def _dismiss_others(door: Door, uuid: bytes) -> None:
     """Those that show that they are of another VM."""
     for channel in [channel for channel in door.channels if channel.init.uuid != uuid]:
-        door.dismiss(channel, f"is a channel of VM {channel.init.uuid.hex()}, not of {uuid.hex()}")
+        door.dismiss(channel, f"is a channel of VM {UUID(bytes=channel.init.uuid)}, not of {UUID(bytes=uuid)}")
     for main in list(door.mains):
         said = main.configuration.uuid if main.configuration is not None else None
         if said is not None and said != uuid:
-            door.dismiss(main, f"is a main channel of VM {said.hex()}, not of {uuid.hex()}")
+            door.dismiss(main, f"is a main channel of VM {UUID(bytes=said)}, not of {UUID(bytes=uuid)}")
 
 
 def _main(mains: Sequence[Caller], uuid: bytes, channels: Collection[Caller]) -> Caller | None:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
+from uuid import UUID
 
 from multifd.codec.readers import Readers
 from multifd.codec.settings import RESERVED
@@ -192,10 +193,10 @@ class Relay:
                     if migration.take(channel):
                         door.take([channel])
                     else:
+                        vm = UUID(bytes=channel.init.uuid)
                         door.dismiss(
                             channel,
-                            f"is channel {channel.init.id} of VM {channel.init.uuid.hex()}, which is not the migration "
-                            "that the relay serves",
+                            f"is channel {channel.init.id} of VM {vm}, which is not the migration that the relay serves",
                         )
                 self._changed.wait(LATE)
 
