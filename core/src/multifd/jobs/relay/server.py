@@ -193,11 +193,8 @@ class Relay:
                     if migration.take(channel):
                         door.take([channel])
                     else:
-                        vm = UUID(bytes=channel.init.uuid)
-                        door.dismiss(
-                            channel,
-                            f"is channel {channel.init.id} of VM {vm}, which is not the migration that the relay serves",
-                        )
+                        who = f"is channel {channel.init.id} of VM {UUID(bytes=channel.init.uuid)}"
+                        door.dismiss(channel, f"{who}, which is not the migration that the relay serves")
                 self._changed.wait(LATE)
 
     def _see_off(self, door: Door, migration: Migration) -> None:
