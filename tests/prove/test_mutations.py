@@ -181,7 +181,7 @@ def caught(site: Path, work: Path) -> str:
 
 
 #: Each with what is taken out of it, and what is there instead.
-NUMBERS, RECEIVE = "wire/numbers.py", "jobs/destination/receive.py"
+NUMBERS, RECEIVED = "wire/numbers.py", "jobs/destination/migration.py"
 AT_THE_END = "if syncs != points or self.since_sync:"
 CHECKS: dict[str, list[tuple[str, str, str]]] = {
     "a channel's numbers rise": [(NUMBERS, "if number <= self._last and not this.odd:", "if False:")],
@@ -192,7 +192,7 @@ CHECKS: dict[str, list[tuple[str, str, str]]] = {
     "no packet follows the last SYNC": [(NUMBERS, AT_THE_END, "if syncs != points:")],
     "the main channel comes to its end": [
         (
-            RECEIVE,
+            RECEIVED,
             "self._parser.end(description_required=self._description_required)",
             "if not self._parser._in_device_state: self._parser.end()",
         )
