@@ -258,6 +258,54 @@ def wrong_ends(stream: streams.Stream) -> dict[str, streams.Stream]:
     }
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["", "its channels come late"])
+@pytest.mark.parametrize("said", ["nothing", "its head", "its first sync point"])
+def test_a_cancel_in_the_set_up_reaches_the_destination(said: str, late: bool) -> None:
+    """A QEMU that waits for channels notices nothing of its source's end before the last of them is there."""
+    stream = streams.small(channels=2)
+    first = stream.main.index(streams.EOS) + len(streams.EOS)
+    main = stream.main[: {"nothing": 0, "its head": 8, "its first sync point": first}[said]]
+    sent = [data[: 64 + (streams.header_length(65536) if "sync" in said else 0)] for data in stream.channels]
+    there = peers.Keeping(2)
+    with closing(Relaying(there.uri)) as relaying:
+        socks = [peers.dial(relaying.uri)]
+        socks[0].sendall(main)
+        if late:
+            socks[0].shutdown(socket.SHUT_RDWR)
+        for data in sent:
+            socks.append(peers.dial(relaying.uri))
+            socks[-1].sendall(data)
+        for sock in socks:
+            sock.close()
+        assert relaying.error() == "the source ended early: cancelled, or gone"
+    there.join()
+    assert there.main == main
+    assert there.channels == dict(enumerate(sent))
+
+
+def test_a_sync_point_waits_for_its_syncs() -> None:
+    """A QEMU that has read it waits for them with its main loop, for ever where the relay or the source goes now."""
+    stream = streams.small(return_path=True)
+    until = stream.main.rindex(streams.FLUSH) + len(streams.FLUSH) - 1
+    channel = stream.channels[0]
+    rest = streams.header_length(65536)
+    there = peers.Keeping(1, everything=len(stream.main) + len(channel))
+    with (
+        closing(Relaying(there.uri)) as relaying,
+        peers.dial(relaying.uri) as source,
+        peers.dial(relaying.uri) as other,
+    ):
+        source.sendall(stream.main)
+        other.sendall(channel[:-rest])
+        assert peers.eventually(lambda: there.missing == len(stream.main) - until + rest)
+        time.sleep(0.2)
+        assert there.missing == len(stream.main) - until + rest
+        other.sendall(channel[-rest:])
+        assert relaying.result().confirmed
+    there.join()
+    assert [there.main, there.channels[0]] == [stream.main, channel]
+
+
 @pytest.mark.parametrize("to", [None, "zstd"])
 @pytest.mark.parametrize("return_path", [True, False])
 def test_what_is_not_whole_is_refused_every_time(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,6 +14,9 @@ from multifd.wire.mainchannel import Parser
 from multifd.wire.packet import InitPacket
 
 NO_CHANNEL = InitPacket(bytes(16), -1)
+#: So many of the silent ones that came just before a multifd channel do not go: QEMU connects its main channel first,
+#: and may say nothing on it until the others have connected.
+SHIELDED = 4
 #: Seconds that a main channel has to wait for multifd channels which came after it, before others are its own.
 EARLY = 1.0
 
@@ -32,11 +36,38 @@ class Caller:
     configuration: Configuration | None = None
     #: Why a main channel has not come to its list of RAM blocks.
     failure: PeerError | None = None
+    #: When it ended so (monotonic).
+    ended: float = math.inf
 
     @property
     def host(self) -> str:
         """Whence they came; all alike at a Unix socket."""
         return self.connection.name.rpartition(":")[0]
+
+    @property
+    def how_failed(self) -> str:
+        """Of one that ended, or was no migration: what it did."""
+        return f"began a main channel and did not go on: {self.failure}" if self.data else "closed without a byte"
+
+
+def silent(unknown: Iterable[Caller], channels: Iterable[Caller]) -> list[Caller]:
+    """Who has said nothing and may be let go for that, in the order in which they came."""
+    found = [caller for caller in unknown if not caller.data]
+    for channel in channels:
+        before = [caller for caller in found if caller.number < channel.number]
+        found = [caller for caller in found if caller not in before[-SHIELDED:]]
+    return found
+
+
+def cancelled(main: Caller, channels: Iterable[Caller]) -> bool:
+    """Whether a main channel that ended is of a source that was cancelled while it set up.
+
+    The multifd channels that came behind it have ended as well: all of one VM that are here, and two at least, since
+    one alone may be anybody.
+    """
+    group = [channel for channel in channels if main.number < channel.number]
+    ended = {channel.init.id for channel in group if channel.connection.hung_up()}
+    return len(group) > 1 and len(by_vm(group)) == 1 and ended == set(range(len(group)))
 
 
 def by_vm(channels: Iterable[Caller]) -> dict[bytes, dict[int, Caller]]:

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable
 from multifd.crew import Crew
 from multifd.errors import MultifdError, PeerError
 from multifd.net import parting
-from multifd.net.caller import NO_CHANNEL, Caller
+from multifd.net.caller import NO_CHANNEL, Caller, cancelled, silent
 from multifd.net.connection import Ended, Stalled
 from multifd.net.deadline import Silence
 from multifd.net.listener import Listener
@@ -36,14 +36,13 @@ MOST = 64
 MOST_CHANNELS = 255
 #: Seconds after which one that has said nothing goes, where somebody else wants the place.
 SILENT = 2.0
-#: So many of the silent ones that came just before a multifd channel do not go: QEMU connects its main channel first,
-#: and may say nothing on it until the others have connected.
-SHIELDED = 4
 #: Bytes that a main channel may take until its RAM blocks are listed (QEMU's lists are some KiB).
 MOST_HEAD = 256 * 1024
 READ = 16 * 1024
 #: Seconds until somebody who could not be met is tried again.
 AGAIN = 0.1
+#: Seconds after the end of a main channel in which its multifd channels end as well, where they do.
+TOGETHER = 0.3
 
 
 class Door:
@@ -68,6 +67,8 @@ class Door:
         self._thread: threading.Thread | None = None
         self._accept_from = 0.0
         self._unknown: list[Caller] = []
+        #: Whoever ended and may have been the main channel of a source that is cancelled in its set-up.
+        self._ended: list[Caller] = []
         # Guarded by the crew's lock:
         self.mains: list[Caller] = []
         self.channels: list[Caller] = []
@@ -156,6 +157,7 @@ class Door:
                     elif key.fileobj is self._wake:
                         self._wake.clear()
                 self._end_waits(time.monotonic())
+                self._match(time.monotonic())
                 self._part()
                 self._strangers.tell()
         finally:
@@ -185,7 +187,7 @@ class Door:
         if held:
             self._parting.wait(self._crew.left / 2 if self._crew.over else parting.MOST)
         self._parting.close()
-        for caller in self._unknown:
+        for caller in (*self._unknown, *self._ended):
             caller.connection.close()
         self._strangers.tell_all()
 
@@ -200,6 +202,8 @@ class Door:
             ends.append(now + SILENT)  # whether a channel has gone nothing tells
         if self._parting:
             ends.append(now + parting.MOST / 4)
+        if self._ended:
+            ends.append(now + TOGETHER / 10)
         if len(self._unknown) >= MOST and (oldest := self._oldest()) is not None and oldest.came + SILENT > now:
             ends.append(oldest.came + SILENT)  # until then it does not listen
         return max(0.0, min(ends) - now) if ends else None
@@ -213,21 +217,12 @@ class Door:
         """Whether another one may be met now."""
         return now >= self._accept_from and (len(self._unknown) < MOST or self._idle(now) is not None)
 
-    def _silent(self) -> list[Caller]:
-        """Who has said nothing and may be let go for that, in the order in which they came."""
-        silent = [caller for caller in self._unknown if not caller.data]
-        with self._crew.changed:
-            channels = [channel.number for channel in self.channels]
-        for number in channels:
-            before = [caller for caller in silent if caller.number < number]
-            silent = [caller for caller in silent if caller not in before[-SHIELDED:]]
-        return silent
-
     def _oldest(self) -> Caller | None:
         """Who goes first: the oldest of the host that has most who are silent."""
-        silent = self._silent()
-        hosts = Counter(caller.host for caller in silent)
-        return max(silent, key=lambda caller: hosts[caller.host], default=None)
+        with self._crew.changed:
+            idle = silent(self._unknown, self.channels)
+        hosts = Counter(caller.host for caller in idle)
+        return max(idle, key=lambda caller: hosts[caller.host], default=None)
 
     def _idle(self, now: float) -> Caller | None:
         """Whose place another one may have."""
@@ -321,10 +316,11 @@ class Door:
         count = len(caller.data)
         if caller.parser is not None:
             self._fail(caller, Ended(f"the stream ended at byte {count}, before its RAM blocks were listed"))
-        else:
+        elif count:
             self._forget(caller)
-            why = f"ended after {count} bytes: is it a migration?" if count else "closed without a byte"
-            self._turn_away(caller, why)
+            self._turn_away(caller, f"ended after {count} bytes: is it a migration?")
+        else:
+            self._fail(caller, Ended("the source ended it before its first byte"))
 
     def _fail(self, caller: Caller, failure: PeerError) -> None:
         """A main channel that does not list its blocks: a migration that failed, unless it may be a stranger's."""
@@ -332,12 +328,28 @@ class Door:
         with self._crew.changed:
             alone = not self.mains and not self.busy
         known = isinstance(failure, Unsupported) or (caller.configuration is not None and not others)
+        caller.failure = failure
         if alone and known:
-            caller.failure = failure
             self._known(caller, self.mains)
+            return
+        self._forget(caller)
+        if isinstance(failure, Ended) and len(self._ended) < MOST:
+            caller.ended = time.monotonic()
+            self._ended.append(caller)
         else:
-            self._forget(caller)
-            self._turn_away(caller, f"began a main channel and did not go on: {failure}")
+            self._turn_away(caller, caller.how_failed)
+
+    def _match(self, now: float) -> None:
+        """Who comes and goes alone is a stranger.  Of a source that was cancelled its destination has to hear."""
+        for caller in list(self._ended):
+            with self._crew.changed:
+                if not (self.mains or self.busy) and cancelled(caller, self.channels):
+                    self._ended.remove(caller)
+                    self.mains.append(caller)
+                    self._crew.changed.notify_all()
+                elif now - caller.ended > TOGETHER:
+                    self._ended.remove(caller)
+                    self._turn_away(caller, caller.how_failed)
 
     def _known(self, caller: Caller, where: list[Caller]) -> None:
         """It waits for the job now."""

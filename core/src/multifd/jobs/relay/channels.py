@@ -65,6 +65,15 @@ class Channels:
             if channel.ended and channel.syncs < points:
                 raise Ended(f"channel {channel.id}: it ended before SYNC {channel.syncs + 1}")
 
+    def await_sync(self, points: int, over: Callable[[], bool]) -> None:
+        """The main channel is at so many sync points: wait until all channels have passed their SYNC.
+
+        A QEMU (7.2 and 10.0) that has read the sync point waits for the SYNCs with its main loop: if one does not come
+        any more, its monitor is silent for ever.  Raises Ended, Stalled.
+        """
+        self._await(lambda channel: channel.syncs >= points or channel.ended, over)
+        self.sync_point(points)
+
     def judge_rounds(self, page_size: int) -> None:
         """Those that all channels have ended, once no other can come.  Raises PeerError as `Numbers` does.
 
@@ -92,8 +101,7 @@ class Channels:
         Raises PeerError where a channel holds more or less, or a packet is missing, Ended, Stalled.
         """
         while True:
-            self._await(lambda channel: channel.syncs >= points or channel.ended, over)
-            self.sync_point(points)
+            self.await_sync(points, over)
             known = len(self.running)
             try:
                 if not known:

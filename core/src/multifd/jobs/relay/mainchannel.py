@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from multifd.errors import MultifdError, PeerError
 from multifd.net.connection import MAIN_READ, Connection, Ended
@@ -40,7 +40,7 @@ class MainChannel:
         self._drop_switchover_start = drop_switchover_start
         self._parser = Parser()
         self._answers = ReturnPathParser()
-        # Where a command is to be dropped: what has not passed yet, and from where in the stream on.
+        # What has not passed yet, and from where in the stream on.
         self._held = bytearray()
         self._held_from = 0
 
@@ -64,8 +64,9 @@ class MainChannel:
     ) -> None:
         """From the source to the destination, until the source ends; `head` is what has been read of it.
 
-        `on_event` sees each event before it passes, `on_complete` is called before the last byte does, without which
-        the destination cannot go on; where nothing tells that byte, before its end does.
+        `on_event` sees each event before it has passed, so that a sync point can be held; `on_complete` is called
+        before the last byte passes, without which the destination cannot go on, or, where nothing tells that byte,
+        before its end does.
 
         Raises PeerError for what is no migration, Ended where it is not complete, Lost where the destination has gone,
         and what the callbacks raise.
@@ -76,14 +77,12 @@ class MainChannel:
         complete = False
         while data:
             self._observers.main(IN, data)
-            passed = self._read_along(data, on_event)
-            self._observers.main(OUT, passed)
-            if self.complete and not complete:
-                complete = True
-                destination.write([passed[:-1]])
-                on_complete()
-                passed = passed[-1:]
-            destination.write([passed])
+            for passed in self._read_along(data, on_event):
+                self._observers.main(OUT, passed)
+                destination.write([passed])
+                if self.complete and not complete:
+                    complete = True
+                    on_complete()
             data = source.read_some(MAIN_READ)
         if not complete:
             self._end()
@@ -116,31 +115,35 @@ class MainChannel:
             source.write([data])
             self._observers.main(BACK, data)
 
-    def _read_along(self, data: bytes, on_event: Callable[[Event], None]) -> Buffer:
-        """What passes now."""
+    def _read_along(self, data: bytes, on_event: Callable[[Event], None]) -> Iterator[Buffer]:
+        """What passes, piece by piece: the last byte of a sync point, and of the stream, is a piece's first."""
         self._parser.feed(data)
-        cuts: list[int] = []
+        self._held += data
         try:
             for event in self._parser.events():
+                position = self._parser.position
+                drop = isinstance(event, CommandReceived) and event.number == Command.SWITCHOVER_START
+                if isinstance(event, SyncPoint) or self.complete:
+                    yield from self._held_until(position - 1)
+                elif drop and self._drop_switchover_start:
+                    yield from self._held_until(position - COMMAND_SIZE)
+                    del self._held[:COMMAND_SIZE]
+                    self._held_from = position
                 self._note(event)
                 on_event(event)
-                if isinstance(event, CommandReceived) and event.number == Command.SWITCHOVER_START:
-                    cuts.append(self._parser.position)
         except MultifdError as error:
             raise error.at("main channel") from error
-        if not self._drop_switchover_start:
-            return data
         # A command that has not wholly come waits, so that it is never half-way out.
-        self._held += data
-        start = self._held_from
-        for end in cuts:
-            del self._held[end - COMMAND_SIZE - start : end - start]
-            start += COMMAND_SIZE
-        self._held_from = self._parser.settled
-        count = self._held_from - start
-        passed = bytes(self._held[:count])
-        del self._held[:count]
-        return passed
+        end = self._held_from + len(self._held)
+        yield from self._held_until(self._parser.settled if self._drop_switchover_start else end)
+
+    def _held_until(self, position: int) -> Iterator[Buffer]:
+        count = position - self._held_from
+        if count > 0:
+            passed = bytes(self._held[:count])
+            del self._held[:count]
+            self._held_from = position
+            yield passed
 
     def _note(self, event: Event) -> None:
         with self._changed:

@@ -8,11 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from uuid import UUID
 
 from multifd.crew import Crew
 from multifd.effort.controller import Effort
-from multifd.errors import Cancelled, HostError, MultifdError, PeerError, counted, shortage
+from multifd.errors import Cancelled, HostError, MultifdError, PeerError, shortage
 from multifd.jobs.relay.channel import Channel
 from multifd.jobs.relay.channels import Channels
 from multifd.jobs.relay.counters import Sample
@@ -21,7 +20,7 @@ from multifd.jobs.relay.outcome import Relayed
 from multifd.jobs.relay.passing import Passing
 from multifd.jobs.relay.plan import Plan
 from multifd.jobs.relay.recoding import Recoding
-from multifd.jobs.relay.verdict import FINAL, SUCCESSES, Saw, State, after, seen, told
+from multifd.jobs.relay.verdict import FINAL, SUCCESSES, Saw, State, after, fitting, seen, told
 from multifd.jobs.verdict import LAST_WORD
 from multifd.net.caller import EARLY, Caller, by_vm
 from multifd.net.connect import connect
@@ -63,6 +62,7 @@ class Migration:
         self._onward: list[SocketConnection] = []
         self._destination: SocketConnection | None = None
         self._channels = Channels(changed, plan.channels, self._silence)
+        self._serving = 0
         if main.configuration is not None:
             self._channels.uuid = main.configuration.uuid
         self._observed = ExitStack()
@@ -73,6 +73,19 @@ class Migration:
     def over(self) -> bool:
         """Whether it has ended, or was told to."""
         return self._stopped or self._state in FINAL
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether its source has ended it: its channels go on to the destination all the same.
+
+        A QEMU (10.0) notices nothing before the last of them has connected.
+        """
+        return self._state is State.ENDED_EARLY
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether its source has ended it, and some of its channels may not have been met: they come before a SYNC."""
+        return self.ended_early and self._main.sync_points < 2
 
     @property
     def uuid(self) -> bytes | None:
@@ -113,7 +126,8 @@ class Migration:
             except PeerError as error:
                 self._fail(error)
             self._welcome(connection)
-            self._spawn(f"channel {init.id}", lambda: self._relay_channel(connection, init))
+            self._serving += 1
+            self._spawn(f"channel {init.id}", lambda: self._serve_channel(connection, init))
             return True
 
     def join(self) -> Relayed:
@@ -139,7 +153,7 @@ class Migration:
                     raise self._told()
                 return self._result()
         except BaseException:
-            for connection in self._onward:
+            for connection in self._onward if not self.ended_early else ():
                 connection.reset()
             raise
         finally:
@@ -163,7 +177,7 @@ class Migration:
         if self._state in SUCCESSES:
             await_closing(self._connections, LETTING_GO)
             return
-        if self._state is State.ENDED_EARLY:
+        if self.ended_early:
             self._drain()
         self._source.abort()  # it first, and nothing else of the source's: see `net.parting`
 
@@ -172,7 +186,8 @@ class Migration:
         deadline = time.monotonic() + LETTING_GO
         if self._destination is not None:
             self._destination.finish()
-        self.crew.await_threads(LETTING_GO)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._serving, LETTING_GO)
         await_closing(self._connections, max(0.0, deadline - time.monotonic()))
 
     def _spawn(self, name: str, action: Callable[[], None]) -> None:
@@ -243,20 +258,32 @@ class Migration:
                 raise PeerError("the source sends its pages here: turn multifd on over there")
             case SyncPoint():
                 with self._changed:
-                    self._channels.sync_point(self._main.sync_points)
+                    self._channels.await_sync(self._main.sync_points, lambda: self.over)
                 self._saw(Saw.SYNC)
             case RamEnd():
                 self._saw(Saw.RAM_END)
 
+    def _serve_channel(self, connection: SocketConnection, init: InitPacket) -> None:
+        try:
+            self._relay_channel(connection, init)
+        finally:
+            with self._changed:
+                self._serving -= 1
+                self._changed.notify_all()
+
     def _relay_channel(self, connection: SocketConnection, init: InitPacket) -> None:
         with self._changed:
             self.crew.wait_for(lambda: self._main.blocks_known or self.over)  # now the page size is known
-            if self.over:
+            if self.over and not self.ended_early:
                 return
         channel: Channel
         size = self._main.page_size
         try:
             there = self._connect()
+            if not self._main.blocks_known:
+                there.write([InitPacket(self._plan.uuid or init.uuid, init.id).pack()])
+                there.finish()
+                return
             if self._effort is None:
                 channel = Passing(init, connection, there, size, self._plan)
             else:
@@ -329,21 +356,11 @@ class Migration:
     def _told(self) -> BaseException:
         assert self._error is not None
         if isinstance(self._error, MultifdError):
-            return told(self._state, self._error, self._shown(), passed_on=self._main.ended)
+            uuid = self._plan.uuid or self._channels.uuid
+            methods = self._channels.methods if self._plan.to is None else self._plan.to.flags
+            shown = fitting(self._main.machine, uuid, methods, len(self._channels.ids))
+            return told(self._state, self._error, shown, passed_on=self._main.ended)
         return self._error
-
-    def _shown(self) -> str:
-        """What the destination has to fit to."""
-        shown = [f"machine {self._main.machine}"] if self._main.machine else []
-        uuid = self._plan.uuid or self._channels.uuid
-        methods = self._channels.methods if self._plan.to is None else self._plan.to.flags
-        if uuid is not None:
-            shown.append(f"VM uuid {UUID(bytes=uuid)}")
-        if methods:
-            shown.append(f"method {'+'.join(map(method_name, sorted(methods)))}")
-        if self._channels.ids:
-            shown.append(f"multifd with {counted(len(self._channels.ids), 'channel')}")
-        return ", ".join(shown)
 
     def counters(self) -> dict[Sample, float]:
         """What went through so far; the main channel has no method."""

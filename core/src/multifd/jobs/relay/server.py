@@ -189,13 +189,20 @@ class Relay:
             while not (migration.over or self._crew.over):
                 for main in list(door.mains):
                     door.dismiss(main, "is a second main channel, the relay serves one migration at a time")
-                for channel in migration.group(door.channels):
-                    if migration.take(channel):
-                        door.take([channel])
-                    else:
-                        who = f"is channel {channel.init.id} of VM {UUID(bytes=channel.init.uuid)}"
-                        door.dismiss(channel, f"{who}, which is not the migration that the relay serves")
+                self._let_in(door, migration)
                 self._changed.wait(LATE)
+            until = time.monotonic() + LATE
+            while migration.incomplete and time.monotonic() < until and not (door.mains or self._crew.over):
+                self._let_in(door, migration)
+                self._changed.wait(0.05)
+
+    def _let_in(self, door: Door, migration: Migration) -> None:
+        for channel in migration.group(door.channels):
+            if migration.take(channel):
+                door.take([channel])
+            else:
+                who = f"is channel {channel.init.id} of VM {UUID(bytes=channel.init.uuid)}"
+                door.dismiss(channel, f"{who}, which is not the migration that the relay serves")
 
     def _see_off(self, door: Door, migration: Migration) -> None:
         """Let go of the channels of one that failed: those that have come, and those that still come."""

@@ -6,11 +6,14 @@ make echoes at both ends, which come later.  `after` says where it leads; an end
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import Enum
+from uuid import UUID
 
-from multifd.errors import MultifdError, PeerError
+from multifd.errors import MultifdError, PeerError, counted
 from multifd.jobs.verdict import ENDED_EARLY, following
 from multifd.net.connection import Ended, Lost, Stalled
+from multifd.wire.flags import method_name
 
 
 class State(Enum):
@@ -99,3 +102,15 @@ def told(state: State, error: MultifdError, shown: str = "", *, passed_on: bool 
         fit = f"; it has to have {shown} (multifd doctor compares)" if shown else ""
         return PeerError(f"{error}: its own message says why{fit}")
     return error
+
+
+def fitting(machine: str, uuid: bytes | None, methods: Iterable[int], channels: int) -> str:
+    """What a destination has to be for what it was shown, as far as that is known; `methods` by their numbers."""
+    shown = [f"machine {machine}"] if machine else []
+    if uuid is not None:
+        shown.append(f"VM uuid {UUID(bytes=uuid)}")
+    if names := [method_name(method) for method in sorted(methods)]:
+        shown.append(f"method {'+'.join(names)}")
+    if channels:
+        shown.append(f"multifd with {counted(channels, 'channel')}")
+    return ", ".join(shown)
