@@ -165,6 +165,16 @@ def test_a_full_disk_is_named(tiny_disk: Path) -> None:
     assert os.listdir(tiny_disk) == []
 
 
+def test_device_state_that_fills_the_disk(tiny_disk: Path) -> None:
+    """In small pieces: some of it waits for the disk still when all is thrown away."""
+    writer = make(tiny_disk / "snap")
+    with pytest.raises(HostError, match=r"device_state.bin: the disk is full: free some space"):
+        for _ in range(1000):
+            writer.add_device_state(bytes(1000))
+    writer.discard()
+    assert os.listdir(tiny_disk) == []
+
+
 def test_a_block_no_file_can_hold(work: Path) -> None:
     writer = SnapshotWriter(work / "snap", PAGE)
     with pytest.raises(HostError, match=r"larger than this file system|disk is full|Invalid|enough memory"):

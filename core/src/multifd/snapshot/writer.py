@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import uuid as uuids
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +216,8 @@ class SnapshotWriter:
         """Leave nothing behind but a snapshot that was completed.  Safe to call twice."""
         for block in self.blocks.values():
             block.close()
-        self._device_state.close()
+        with suppress(OSError):  # what it could not write it tries to write again
+            self._device_state.close()
         shutil.rmtree(self._draft, ignore_errors=True)
 
 
