@@ -11,6 +11,7 @@ import pytest
 import multifd
 import peers
 from commands import MULTIFD, fails, run
+from disks import small_disk
 from multifd.errors import PeerError
 from multifd.qemu import driver as driver_module
 from multifd.qemu.driver import Destination, Source
@@ -125,6 +126,29 @@ def test_what_a_killed_receive_left_is_named(start: Start, work: Path, release: 
     shutil.rmtree(work / "snap")
     fails(1, r"guest stopped by a migration that is completed \(postmigrate\): cont on its monitor", *receive)
     assert "- the source has its guest stopped by a migration that is completed" in run(*doctor).stdout
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kib", [100, 900])
+@pytest.mark.parametrize("scheme", ["unix", "tcp"])
+@pytest.mark.parametrize("release", RELEASES)
+def test_a_disk_that_fills(start: Start, work: Path, tmp_path: Path, release: str, scheme: str, kib: int) -> None:
+    """With pages, or later, with the state of 128 processors, more than the sockets hold: the guest runs on."""
+    qemu = start(release, "source", more=("-smp", "128"))
+    qemu.monitor.command("cont")
+    before = capabilities(qemu), qemu.monitor.command("query-migrate-parameters")
+    qemu.monitor.close()
+    uri = f"unix:{work}/here" if scheme == "unix" else "tcp:127.0.0.1:0"
+    with small_disk(tmp_path, kib):
+        result = run("receive", uri, "-o", tmp_path / "snap", "--qmp", work / "source.qmp")
+        assert list(tmp_path.iterdir()) == []
+    assert result.returncode == 1
+    listens, error = result.stderr.splitlines()
+    assert listens.startswith("multifd: listening on ")
+    assert "the disk is full: free some space or choose another directory" in error
+    qemu.reconnect()
+    assert qemu.monitor.command("query-status")["status"] == "running"
+    assert (capabilities(qemu), qemu.monitor.command("query-migrate-parameters")) == before
 
 
 @pytest.mark.parametrize("release", RELEASES)

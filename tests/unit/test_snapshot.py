@@ -7,12 +7,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import multifd
+from disks import small_disk
 from multifd.errors import CallerError, HostError, PeerError
 from multifd.snapshot import writer
 from multifd.snapshot.writer import SnapshotWriter
@@ -148,12 +150,9 @@ def test_a_peer_that_only_repeats_fills_no_memory(work: Path) -> None:
 
 
 @pytest.fixture
-def tiny_disk(tmp_path: Path) -> Any:
-    """A file system of 256 KiB."""
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(tmp_path)], check=False).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    yield tmp_path
-    subprocess.run(["umount", str(tmp_path)], check=True)
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path, 256) as disk:
+        yield disk
 
 
 def test_a_full_disk_is_named(tiny_disk: Path) -> None:
