@@ -128,7 +128,7 @@ class Chain:
             victim.send(number)
             if self.opened_before:
                 self.gate.open()
-            ends.signalled(case, victim, number, began, done=self.gate.shut)
+            ends.signalled(case, victim, number, began, self.gate)
         elif case.action == "kill":
             victim.told(signal.SIGKILL, PROMPT)
         else:

@@ -132,7 +132,7 @@ class Scene:
             command.send(number)
             if self.opened_before or case.phase == "shut":
                 gate.open()
-            ends.signalled(case, command, number, began, done=gate.shut)
+            ends.signalled(case, command, number, began, gate)
         elif case.action == "kill":
             command.told(signal.SIGKILL, PROMPT)
         elif case.action == "cut":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,12 @@ import multifd
 import peers
 from commands import MULTIFD, fails, run
 from disks import small_disk
+from gates import Gate, Moment
+from gates import Monitor as Redirecting
 from multifd.errors import PeerError
 from multifd.qemu import driver as driver_module
 from multifd.qemu.driver import Destination, Source
+from processes import Command
 from qemus import RELEASES, Qemu, Start, content
 
 
@@ -126,6 +130,22 @@ def test_what_a_killed_receive_left_is_named(start: Start, work: Path, release: 
     shutil.rmtree(work / "snap")
     fails(1, r"guest stopped by a migration that is completed \(postmigrate\): cont on its monitor", *receive)
     assert "- the source has its guest stopped by a migration that is completed" in run(*doctor).stdout
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_a_migration_that_is_given_up_before_it_comes(start: Start, work: Path, release: str) -> None:
+    """Its connections tell nothing: QEMU does."""
+    qemu = start(release, "source", more=("-qmp", f"unix:{work}/free.qmp,server=on,wait=off"))
+    here = f"unix:{work}/here"
+    with (
+        closing(Gate(work / "gate", here, Moment("main", 4))) as gate,
+        closing(Redirecting(work / "monitor", work / "free.qmp", here, gate.uri)),
+        closing(Command(work / "log", "receive", here, "-o", work / "snap", "--qmp", work / "monitor")) as receive,
+    ):
+        assert gate.reached()
+        qemu.monitor.command("migrate_cancel")
+        assert receive.ends(10) == 1
+    assert "the source ended early: cancelled, or gone" in receive.log.read_text()
 
 
 @pytest.mark.timeout(60)

@@ -47,6 +47,7 @@ ROOMS = {
         "cli.signals",
         "net.tls",
         "net.door",
+        "net.lookup",
         "codec.readers",
         "effort.controller",
         "observe.observers",

@@ -10,12 +10,13 @@ import threading
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import peers
 from multifd.crew import Crew
-from multifd.errors import CallerError, HostError
+from multifd.errors import CallerError, Cancelled, HostError
 from multifd.net.connect import connect
 from multifd.net.deadline import Silence
 from multifd.net.door import AGAIN, Door
@@ -26,7 +27,7 @@ from multifd.net.uri import Uri
 def test_a_writer_hears_of_a_reset_at_once() -> None:
     """It had filled our buffers, they were drained after the end: nothing else would tell it."""
     silence = Silence(peers.TIMEOUT)
-    listener = Listener(Uri.parse("tcp:127.0.0.1:0"))
+    listener = Listener(Uri.parse("tcp:127.0.0.1:0"), Silence(30))
     sock = peers.dial(str(listener.uri))
     connection = listener.accept(silence)
     assert connection is not None
@@ -50,7 +51,7 @@ def test_a_writer_hears_of_a_reset_at_once() -> None:
 
 def test_a_door_without_descriptors_waits_for_one(work: Path) -> None:
     crew = Crew()
-    listener = Listener(Uri.parse(f"unix:{work}/here"))
+    listener = Listener(Uri.parse(f"unix:{work}/here"), Silence(30))
     door = Door(listener, peers.TIMEOUT, crew)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     with peers.dial(str(listener.uri)) as sock:
@@ -78,14 +79,40 @@ def test_a_path_that_is_too_long_is_said_to_be() -> None:
     with pytest.raises(HostError, match="x: AF_UNIX path too long"):
         connect(uri, Silence(peers.TIMEOUT))
     with pytest.raises(CallerError, match="x: AF_UNIX path too long"):
-        Listener(uri)
+        Listener(uri, Silence(30))
+
+
+def test_a_name_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing wakes who asks it; a number is known without it."""
+    answers, asked = threading.Event(), socket.getaddrinfo
+
+    def getaddrinfo(host: Any, port: Any, **options: Any) -> Any:
+        assert options.get("flags", 0) & socket.AI_NUMERICHOST or answers.wait(peers.TIMEOUT)
+        return asked(host, port, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with closing(Listener(Uri.parse("tcp:127.0.0.1:0"), Silence(30))) as listener:
+        connect(listener.uri, Silence(0.5)).close()
+        uri = Uri("tcp", host="localhost", port=listener.uri.port)
+        with pytest.raises(HostError, match=r"cannot connect to .*: the name server has not answered within 0.5 s"):
+            connect(uri, Silence(0.5))
+        with pytest.raises(CallerError, match=r"cannot listen on .*: the name server has not answered within 0.5 s"):
+            Listener(uri, Silence(0.5))
+        silence = Silence(30)
+        canceller = threading.Timer(0.2, silence.cancel)
+        canceller.start()
+        with pytest.raises(Cancelled):
+            connect(uri, silence)
+        canceller.join()
+        answers.set()
+        connect(uri, Silence(30)).close()
 
 
 def test_small_pieces_are_acknowledged_at_once() -> None:
     """A sender that waits for that, as QEMU's main channel does, would lose 40 ms with each."""
     silence = Silence(peers.TIMEOUT)
     pieces = 60
-    with closing(Listener(Uri.parse("tcp:127.0.0.1:0"))) as listener, socket.socket() as sender:
+    with closing(Listener(Uri.parse("tcp:127.0.0.1:0"), Silence(30))) as listener, socket.socket() as sender:
         sender.settimeout(peers.TIMEOUT)
         sender.connect((listener.uri.host, listener.uri.port))
         reader = listener.accept(silence)

@@ -69,10 +69,7 @@ class Crew:
         thread = threading.Thread(target=work, name=name, daemon=True)
         with self.changed:
             self.check()
-            try:
-                thread.start()
-            except RuntimeError as error:
-                raise HostError("no thread can be started: raise `ulimit -u` (systemd: TasksMax)") from error
+            start(thread)
             self._threads = [other for other in self._threads if other.is_alive()] + [thread]
         return thread
 
@@ -203,6 +200,14 @@ class Crew:
     def left(self) -> float:
         """Seconds that the threads still have to end, once the crew is over."""
         return max(0.0, self._until - time.monotonic())
+
+
+def start(thread: threading.Thread) -> None:
+    """Raises HostError where the machine has none left."""
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise HostError("no thread can be started: raise `ulimit -u` (systemd: TasksMax)") from error
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from multifd import __version__
 from multifd.cli import commands
 from multifd.cli.options import choose_plugins
 from multifd.cli.output import say, show_warning
-from multifd.cli.signals import Stopped, leave_stuck, run_alone, run_beside
+from multifd.cli.signals import Stopped, leave_stuck, run_alone, run_beside, settle
 from multifd.crew import Crew
 from multifd.errors import MultifdError, UsageError
 
@@ -28,6 +28,7 @@ def main(argv: Sequence[str]) -> int:
     warnings.simplefilter("always", RuntimeWarning)
     crew = Crew()
     code = _run(argv, crew)
+    settle(code)
     if names := crew.stuck():
         leave_stuck(code, names)
     return code

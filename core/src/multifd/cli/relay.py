@@ -64,7 +64,6 @@ def run(arguments: argparse.Namespace) -> int:
     from multifd.jobs.relay.server import Relay
     from multifd.net.deadline import DEFAULT_TIMEOUT
 
-    arguments.crew.patience = PATIENCE
     failed = False
     unconfirmed = "; passed on, not confirmed: return-path is off on the source"
 
@@ -108,5 +107,6 @@ def run(arguments: argparse.Namespace) -> int:
 
             say(f"metrics on {stack.enter_context(serving(arguments.metrics, relay.counters))}")
         say(f"listening on {relay.uri}")
+        arguments.crew.patience = PATIENCE
         relay.serve(show, migrations=arguments.migrations)
     return int(failed and arguments.migrations is not None)

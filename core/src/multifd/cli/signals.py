@@ -73,6 +73,13 @@ def _stop(number: int, _: object) -> NoReturn:
     raise Stopped(number)
 
 
+def settle(code: int) -> None:
+    """The command has ended with this code: a signal that comes now ends the process with it, not with its own."""
+    for number in STOPPING:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: os._exit(code))
+
+
 def leave_stuck(code: int, names: list[str]) -> None:
     """End the process although threads are in calls that nothing can wake: a plugin's, the disk's, the resolver's."""
 
@@ -94,14 +101,13 @@ def _signals() -> Iterator[tuple[int, int]]:
     came, ended = os.pipe()
     os.set_blocking(ended, False)
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # as nohup has it
-    before = {number: signal.signal(number, lambda *_: None) for number in STOPPING[: 2 if ignored else 3]}
+    for number in STOPPING[: 2 if ignored else 3]:
+        signal.signal(number, lambda *_: None)
     wakeup = signal.set_wakeup_fd(ended)
     try:
         yield came, ended
     finally:
         signal.set_wakeup_fd(wakeup)
-        for number, handler in before.items():
-            signal.signal(number, handler)
         os.close(came)
         os.close(ended)
 

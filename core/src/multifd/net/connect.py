@@ -8,9 +8,9 @@ import socket
 import time
 from typing import Any
 
-from multifd.crew import doing
 from multifd.errors import HostError, reason, system_error
 from multifd.net.deadline import Silence
+from multifd.net.lookup import Address, look_up
 from multifd.net.socket import SocketConnection, Wrap
 from multifd.net.uri import Uri
 
@@ -25,11 +25,9 @@ def connect(
     error: OSError | None = None
     try:
         if uri.scheme == "unix":
-            found = [(socket.AF_UNIX, uri.path)]
+            found: list[Address] = [(socket.AF_UNIX, uri.path)]
         else:
-            with doing(f"looking up {uri.host}"):
-                infos = socket.getaddrinfo(uri.host or "localhost", uri.port, type=socket.SOCK_STREAM)
-            found = [(info[0], info[4]) for info in infos]  # type: ignore[misc]
+            found = look_up(uri, silence)
         deadline = time.monotonic() + silence.timeout
         for family, address in found:
             sock = socket.socket(family)

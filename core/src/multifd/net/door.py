@@ -74,7 +74,7 @@ class Door:
         self.channels: list[Caller] = []
         #: Whether a migration is under way that they do not belong to.
         self.busy = False
-        self._closed = False
+        self.closed = False
 
     @property
     def begun(self) -> bool:
@@ -104,7 +104,7 @@ class Door:
     def see_off(self, connections: Iterable[SocketConnection]) -> None:
         """Multifd channels of a migration that failed, whose main channel has been reset."""
         with self._crew.changed:
-            if self._closed:
+            if self.closed:
                 for connection in connections:
                     connection.close()
                 return
@@ -119,8 +119,8 @@ class Door:
     def close(self) -> None:
         """Nobody else is met, and who waits is let go; from any thread, and twice."""
         with self._crew.changed:
-            if not self._closed:
-                self._closed = True
+            if not self.closed:
+                self.closed = True
                 self._wake.set()
 
     def begin(self) -> None:
@@ -141,7 +141,7 @@ class Door:
         self._selector.register(self._parting, selectors.EVENT_READ)
         listening = False
         try:
-            while not self._closed:
+            while not self.closed:
                 now = time.monotonic()
                 if listening != self._has_room(now):
                     listening = not listening
@@ -174,7 +174,7 @@ class Door:
         self._listener.close()
         self._selector.close()
         with self._crew.changed:
-            self._closed = True
+            self.closed = True
             self._wake.close()
             mains = [*self.mains, *(caller for caller in self._unknown if caller.parser is not None)]
             channels = list(self.channels)
@@ -384,5 +384,5 @@ class Door:
 
     def _note(self, caller: Caller, why: str) -> None:
         with self._crew.changed:
-            if self._strangers.note(caller.connection.name, why) and not self._closed:
+            if self._strangers.note(caller.connection.name, why) and not self.closed:
                 self._wake.set()

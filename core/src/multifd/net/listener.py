@@ -12,25 +12,29 @@ from functools import partial
 from multifd.crew import undone
 from multifd.errors import CallerError, os_errors, reason
 from multifd.net.deadline import Silence
+from multifd.net.lookup import look_up
 from multifd.net.socket import SocketConnection, Wrap
 from multifd.net.uri import Uri
 
 
 class Listener:
-    """A listening socket; `wrap` makes its connections.  Raises CallerError where the address cannot be taken."""
+    """A listening socket; `wrap` makes its connections.
 
-    def __init__(self, uri: Uri, wrap: Wrap = SocketConnection) -> None:
+    Raises CallerError where the address cannot be taken, or is not found within `silence.timeout` seconds, Cancelled.
+    """
+
+    def __init__(self, uri: Uri, silence: Silence, wrap: Wrap = SocketConnection) -> None:
         self._wrap = wrap
         self._warned = False
         self._undoing = ExitStack()
         try:
             with os_errors(f"cannot listen on {uri}", CallerError):
-                self._listen(uri)
+                self._listen(uri, silence)
         except BaseException:
             self.close()
             raise
 
-    def _listen(self, uri: Uri) -> None:
+    def _listen(self, uri: Uri, silence: Silence) -> None:
         if uri.scheme == "unix":
             _remove_dead_socket(uri.path)
             self._socket = self._undoing.enter_context(socket.socket(socket.AF_UNIX))
@@ -38,8 +42,7 @@ class Listener:
             self._undoing.enter_context(undone(partial(_remove, uri.path)))
             self.uri = uri
         else:
-            found = socket.getaddrinfo(uri.host or None, uri.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            family, _, _, _, address = found[0]
+            family, address = look_up(uri, silence, socket.AI_PASSIVE)[0]
             self._socket = self._undoing.enter_context(socket.socket(family))
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self._socket.bind(address)

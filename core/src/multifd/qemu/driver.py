@@ -99,6 +99,12 @@ class _Side:
         if text := self.waits():
             self._warn(text)
 
+    def given_up(self) -> bool:
+        """Whether its migration has failed or was cancelled; False where QEMU does not say so within a second."""
+        with suppress(MultifdError):
+            return self.status(BRIEF).status in ("failed", "cancelled")
+        return False
+
     def _ended(self, seconds: float, *, named: bool = False) -> Migration:
         """What the migration is at when it has ended, or after so many seconds.
 

@@ -15,6 +15,7 @@ from multifd.errors import Cancelled, MultifdError, PeerError, UsageError
 from multifd.jobs.destination.connections import meet, recorded
 from multifd.jobs.destination.migration import Migration
 from multifd.jobs.report import DEFAULT_CHANNELS, OnProgress, Result, check_channels
+from multifd.jobs.verdict import ENDED_EARLY
 from multifd.net.deadline import DEFAULT_TIMEOUT, FOREVER, Silence
 from multifd.net.door import Door
 from multifd.net.listener import Listener
@@ -112,7 +113,7 @@ def receive(
                 cleanup.enter_context(driver)
                 cleanup.push(driver.recover)
                 first_timeout = timeout
-            listener = Listener(where, wrap)
+            listener = Listener(where, silence, wrap)
             cleanup.callback(listener.close)
         cleanup.callback(job.let_go)
         cleanup.callback(crew.join)
@@ -127,8 +128,8 @@ def receive(
                 door.begin()
                 if driver is not None:
                     crew.on_cancel(driver.cancel)
-                    cleanup.enter_context(crew.every(WAITS, partial(_name_wait, driver, silence)))
                     driver.start(str(listener.uri))
+                    cleanup.enter_context(crew.every(WAITS, partial(_watch, driver, silence, door)))
                 party = meet(door, crew, channels or DEFAULT_CHANNELS, uuid, silence, first_timeout)
                 door.close()
             observed.enter_context(observers.migration(IN))
@@ -151,11 +152,13 @@ def receive(
     return result
 
 
-def _name_wait(driver: Source, silence: Silence) -> None:
-    """Say whom QEMU waits for, where nothing has come for a while."""
+def _watch(driver: Source, silence: Silence, door: Door) -> None:
+    """Say whom QEMU waits for, where nothing has come for a while.  Raises PeerError where it will not come at all."""
     if silence.lasted(WAITS):
         with suppress(RuntimeWarning):  # also where warnings are errors
             driver.name_wait()
+        if not door.closed and driver.given_up():
+            raise PeerError(ENDED_EARLY)
 
 
 def _leave(driver: Source, then: str) -> None:

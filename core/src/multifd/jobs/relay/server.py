@@ -29,7 +29,7 @@ from multifd.jobs.relay.migration import Migration
 from multifd.jobs.relay.outcome import Relayed
 from multifd.jobs.relay.plan import Plan
 from multifd.net import parting
-from multifd.net.deadline import DEFAULT_TIMEOUT
+from multifd.net.deadline import DEFAULT_TIMEOUT, Silence
 from multifd.net.door import Door
 from multifd.net.listener import Listener
 from multifd.net.security import connecting_wrap, listening_wrap
@@ -104,7 +104,7 @@ class Relay:
         # Guarded by the condition:
         self._current: Migration | None = None
         self._totals: dict[Sample, float] = {}
-        self._listener = Listener(where, listening_wrap(listen_tls_creds))
+        self._listener = Listener(where, Silence(timeout), listening_wrap(listen_tls_creds))
         self.uri = str(self._listener.uri)
 
     def __enter__(self) -> Self:
