@@ -106,6 +106,7 @@ def test_a_name_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> 
         canceller.join()
         answers.set()
         connect(uri, Silence(30)).close()
+        assert peers.eventually(lambda: not [each for each in threading.enumerate() if "looking up" in each.name])
 
 
 def test_small_pieces_are_acknowledged_at_once() -> None:
