@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import peers
 from multifd.errors import PeerError
-from qemus import FAILING_CHANNELS, RELEASES, Start, content
+from qemus import FAILING_CHANNELS, RELEASES, Qemu, Start, content
 from relaying import Relaying, closing
 
 CANCELS = 15
@@ -48,3 +49,42 @@ def test_cancels_read_the_same(start: Start, work: Path, release: str, relayed: 
             said.append(str(caught.value))
         assert not (work / f"snap{number}").exists()
     assert set(said) == {EARLY}
+
+
+def ends(qemu: Qemu, seconds: float) -> bool:
+    """Whether its process does, within that time."""
+    return peers.eventually(lambda: qemu.process.poll() is not None, seconds)
+
+
+def called(relaying: Relaying, served: int) -> bool:
+    """Whether the relay has told of more than those migrations, so that it had called its destination."""
+    return len(relaying.outcomes) > served
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("release", RELEASES)
+def test_a_cancel_in_the_set_up_reaches_the_destination(start: Start, work: Path, release: str) -> None:
+    """A QEMU that waits for channels which never come does so for ever; it ends here, as without a relay.
+
+    Unless the source had not connected two of them: then the relay has not called it.
+    """
+    source = start(release, "source")
+    source.prepare(channels=4)
+    with closing(Relaying(f"unix:{work}/there", migrations=100)) as relaying:
+        for number in range(12):
+            target = start(release, f"target{number}", incoming=True)
+            target.prepare(channels=4)
+            target.listen(f"unix:{work}/there")
+            served = len(relaying.outcomes)
+            source.monitor.command("migrate", uri=relaying.uri)
+            time.sleep(number * 0.0005)
+            source.monitor.command("migrate_cancel")
+            source.wait("cancelled", "completed")
+            exited = ends(target, 5)
+            if not exited and target.status() == "completed":
+                break  # too late
+            if exited:
+                assert peers.eventually(partial(called, relaying, served), 5)
+            else:
+                assert not called(relaying, served), (number, relaying.outcomes, target.log.read_text())
+            target.close()

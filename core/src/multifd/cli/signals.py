@@ -81,10 +81,10 @@ def settle(code: int) -> None:
 
 
 def leave_stuck(code: int, names: list[str]) -> None:
-    """End the process although threads are in calls that nothing can wake: a plugin's, the disk's, the resolver's."""
+    """End the process although threads are in calls that nothing can wake: a plugin's, the disk's."""
 
     def tell() -> None:
-        say(f"{', '.join(sorted(set(names)))}: nothing wakes it (a plugin, a disk, a resolver): left as it is")
+        say(f"{', '.join(sorted(set(names)))}: nothing wakes it (a plugin, a disk): left as it is")
         with suppress(OSError):
             sys.stdout.flush()
 
@@ -97,7 +97,10 @@ def leave_stuck(code: int, names: list[str]) -> None:
 
 @contextmanager
 def _signals() -> Iterator[tuple[int, int]]:
-    """The ends of a pipe in which each signal that stops is a byte, its number; no thread's system calls see it."""
+    """The ends of a pipe in which each signal that stops is a byte, its number; no thread's system calls see it.
+
+    Signals do nothing else from then on, until `settle`.
+    """
     came, ended = os.pipe()
     os.set_blocking(ended, False)
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # as nohup has it

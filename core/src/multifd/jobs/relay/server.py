@@ -104,6 +104,7 @@ class Relay:
         # Guarded by the condition:
         self._current: Migration | None = None
         self._totals: dict[Sample, float] = {}
+        self._serves = False
         self._listener = Listener(where, Silence(timeout), listening_wrap(listen_tls_creds))
         self.uri = str(self._listener.uri)
 
@@ -114,9 +115,10 @@ class Relay:
         self.close()
 
     def close(self) -> None:
-        """Stop listening; end what is under way."""
+        """Stop listening; end what is under way.  From another thread than `serve`'s it does not wait for that."""
         self.stop()
-        self._listener.close()
+        if not self._serves:  # or its door closes it
+            self._listener.close()
 
     def stop(self) -> None:
         """Let `serve` return; safe from any thread, and twice."""
@@ -133,6 +135,7 @@ class Relay:
     def serve(self, on_end: Callable[[Relayed | MultifdError], None], *, migrations: int | None = None) -> None:
         """Serve until `stop`, or so many migrations; `on_end` is told how each came out.  Once only."""
         door = Door(self._listener, self._plan.timeout, self._crew)
+        self._serves = True
         served = 0
         try:
             door.begin()
