@@ -15,7 +15,6 @@ from multifd.wire.events import BlockList, CommandReceived, Configuration, Event
 from multifd.wire.flags import Command
 from multifd.wire.layout import COMMAND_HEAD
 from multifd.wire.mainchannel import Parser
-from multifd.wire.packet import Buffer
 from multifd.wire.returnpath import ReturnPathParser
 
 #: A command without data: section type, number, length.
@@ -78,8 +77,9 @@ class MainChannel:
         while data:
             self._observers.main(IN, data)
             for passed in self._read_along(data, on_event):
-                self._observers.main(OUT, passed)
-                destination.write([passed])
+                if passed:
+                    self._observers.main(OUT, passed)
+                    destination.write([passed])
                 if self.complete and not complete:
                     complete = True
                     on_complete()
@@ -115,8 +115,11 @@ class MainChannel:
             source.write([data])
             self._observers.main(BACK, data)
 
-    def _read_along(self, data: bytes, on_event: Callable[[Event], None]) -> Iterator[Buffer]:
-        """What passes, piece by piece: the last byte of a sync point, and of the stream, is a piece's first."""
+    def _read_along(self, data: bytes, on_event: Callable[[Event], None]) -> Iterator[bytes]:
+        """What passes, piece by piece: the last byte of a sync point, and of the stream, is a piece's first.
+
+        So a piece may be empty.
+        """
         self._parser.feed(data)
         self._held += data
         try:
@@ -124,9 +127,9 @@ class MainChannel:
                 position = self._parser.position
                 drop = isinstance(event, CommandReceived) and event.number == Command.SWITCHOVER_START
                 if isinstance(event, SyncPoint) or self.complete:
-                    yield from self._held_until(position - 1)
+                    yield self._held_until(position - 1)
                 elif drop and self._drop_switchover_start:
-                    yield from self._held_until(position - COMMAND_SIZE)
+                    yield self._held_until(position - COMMAND_SIZE)
                     del self._held[:COMMAND_SIZE]
                     self._held_from = position
                 self._note(event)
@@ -135,15 +138,14 @@ class MainChannel:
             raise error.at("main channel") from error
         # A command that has not wholly come waits, so that it is never half-way out.
         end = self._held_from + len(self._held)
-        yield from self._held_until(self._parser.settled if self._drop_switchover_start else end)
+        yield self._held_until(self._parser.settled if self._drop_switchover_start else end)
 
-    def _held_until(self, position: int) -> Iterator[Buffer]:
-        count = position - self._held_from
-        if count > 0:
-            passed = bytes(self._held[:count])
-            del self._held[:count]
-            self._held_from = position
-            yield passed
+    def _held_until(self, position: int) -> bytes:
+        count = max(0, position - self._held_from)
+        passed = bytes(self._held[:count])
+        del self._held[:count]
+        self._held_from += count
+        return passed
 
     def _note(self, event: Event) -> None:
         with self._changed:
