@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from multifd.errors import PeerError
@@ -59,14 +59,14 @@ def silent(unknown: Iterable[Caller], channels: Iterable[Caller]) -> list[Caller
     return found
 
 
-def cancelled(main: Caller, channels: Iterable[Caller]) -> bool:
+def cancelled(main: Caller, channels: Iterable[Caller], gone: Collection[Caller]) -> bool:
     """Whether a main channel that ended is of a source that was cancelled while it set up.
 
-    The multifd channels that came behind it have ended as well: all of one VM that are here, and two at least, since
+    The multifd channels that came behind it are `gone` as well: all of one VM that are here, and two at least, since
     one alone may be anybody.
     """
     group = [channel for channel in channels if main.number < channel.number]
-    ended = {channel.init.id for channel in group if channel.connection.hung_up()}
+    ended = {channel.init.id for channel in group if channel in gone}
     return len(group) > 1 and len(by_vm(group)) == 1 and ended == set(range(len(group)))
 
 

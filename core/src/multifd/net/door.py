@@ -341,9 +341,12 @@ class Door:
 
     def _match(self, now: float) -> None:
         """Who comes and goes alone is a stranger.  Of a source that was cancelled its destination has to hear."""
-        for caller in list(self._ended):
-            with self._crew.changed:
-                if not (self.mains or self.busy) and cancelled(caller, self.channels):
+        if not self._ended:
+            return
+        with self._crew.changed:
+            gone = {channel for channel in self.channels if channel.connection.hung_up()}
+            for caller in list(self._ended):
+                if not (self.mains or self.busy) and cancelled(caller, self.channels, gone):
                     self._ended.remove(caller)
                     self.mains.append(caller)
                     self._crew.changed.notify_all()
