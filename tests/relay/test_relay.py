@@ -284,6 +284,32 @@ def test_a_cancel_in_the_set_up_reaches_the_destination(said: str, late: bool) -
     assert there.channels == dict(enumerate(sent))
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+def test_the_next_migration_may_come_at_once_after_a_cancel(work: Path, channels: int) -> None:
+    """None of its channels is taken for the one before, which has the same VM and may lack some."""
+    stream = streams.small(return_path=True, channels=2)
+    there = peers.Keeping(1 + 2 + channels)
+    with closing(Relaying(there.uri, migrations=2)) as relaying:
+        with ExitStack() as stack:
+            for data in [stream.main[:300], *(data[:64] for data in stream.channels[:channels])]:
+                stack.enter_context(peers.dial(relaying.uri)).sendall(data)
+            assert peers.eventually(lambda: relaying.connections() == 2 * (1 + channels))
+        order = [1, 2, 0]  # as QEMU: its main channel, connected first, is silent until the others have come
+        with ExitStack() as stack:
+            socks = [stack.enter_context(peers.dial(relaying.uri)) for _ in range(3)]
+            for number in order:
+                socks[number].sendall([stream.main, *stream.channels][number])
+                time.sleep(0.05)
+            answer = b""
+            while answer[-8:] != streams.SHUT_DONE and (data := socks[0].recv(4096)):
+                answer += data
+        first, second = relaying.join()
+        assert str(first) == "the source ended early: cancelled, or gone"
+        assert isinstance(second, Relayed), second
+        assert second.confirmed
+    there.join()
+
+
 def test_a_sync_point_waits_for_its_syncs() -> None:
     """A QEMU that has read it waits for them with its main loop, for ever where the relay or the source goes now."""
     stream = streams.small(return_path=True)

@@ -109,6 +109,11 @@ def test_a_name_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> 
         assert peers.eventually(lambda: not [each for each in threading.enumerate() if "looking up" in each.name])
 
 
+def test_what_can_be_no_name() -> None:
+    with pytest.raises(HostError, match=r"cannot connect to tcp:a..b:1: 'a..b' can be no host's name"):
+        connect(Uri.parse("tcp:a..b:1"), Silence(30))
+
+
 def test_small_pieces_are_acknowledged_at_once() -> None:
     """A sender that waits for that, as QEMU's main channel does, would lose 40 ms with each."""
     silence = Silence(peers.TIMEOUT)

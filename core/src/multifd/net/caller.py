@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from multifd.errors import PeerError
@@ -59,15 +59,14 @@ def silent(unknown: Iterable[Caller], channels: Iterable[Caller]) -> list[Caller
     return found
 
 
-def cancelled(main: Caller, channels: Iterable[Caller], gone: Collection[Caller]) -> bool:
+def cancelled(main: Caller, channels: Iterable[Caller], gone: set[Caller]) -> bool:
     """Whether a main channel that ended is of a source that was cancelled while it set up.
 
-    The multifd channels that came behind it are `gone` as well: all of one VM that are here, and two at least, since
+    The multifd channels of some VM that came behind it are `gone` as well: all that are here, and two at least, since
     one alone may be anybody.
     """
-    group = [channel for channel in channels if main.number < channel.number]
-    ended = {channel.init.id for channel in group if channel in gone}
-    return len(group) > 1 and len(by_vm(group)) == 1 and ended == set(range(len(group)))
+    groups = by_vm(channel for channel in channels if main.number < channel.number).values()
+    return any(len(group) > 1 and gone.issuperset(group.values()) and max(group) < len(group) for group in groups)
 
 
 def by_vm(channels: Iterable[Caller]) -> dict[bytes, dict[int, Caller]]:
@@ -76,3 +75,12 @@ def by_vm(channels: Iterable[Caller]) -> dict[bytes, dict[int, Caller]]:
     for channel in channels:
         groups.setdefault(channel.init.uuid, {}).setdefault(channel.init.id, channel)
     return groups
+
+
+def likeliest(main: Caller, channels: Iterable[Caller]) -> list[Caller]:
+    """A VM's channels that may be of this main channel, the likeliest first.
+
+    One that came before it and has gone is what an earlier attempt has left.
+    """
+    found = [(channel.connection.hung_up(), channel.number < main.number, channel) for channel in channels]
+    return [channel for gone, before, channel in sorted(found, key=lambda item: item[:2]) if not (gone and before)]

@@ -42,7 +42,7 @@ READ = 16 * 1024
 #: Seconds until somebody who could not be met is tried again.
 AGAIN = 0.1
 #: Seconds after the end of a main channel in which its multifd channels end as well, where they do.
-TOGETHER = 0.3
+TOGETHER = 1.0
 
 
 class Door:
@@ -74,7 +74,7 @@ class Door:
         self.channels: list[Caller] = []
         #: Whether a migration is under way that they do not belong to.
         self.busy = False
-        self.closed = False
+        self._closed = False
 
     @property
     def begun(self) -> bool:
@@ -104,7 +104,7 @@ class Door:
     def see_off(self, connections: Iterable[SocketConnection]) -> None:
         """Multifd channels of a migration that failed, whose main channel has been reset."""
         with self._crew.changed:
-            if self.closed:
+            if self._closed:
                 for connection in connections:
                     connection.close()
                 return
@@ -119,8 +119,8 @@ class Door:
     def close(self) -> None:
         """Nobody else is met, and who waits is let go; from any thread, and twice."""
         with self._crew.changed:
-            if not self.closed:
-                self.closed = True
+            if not self._closed:
+                self._closed = True
                 self._wake.set()
 
     def begin(self) -> None:
@@ -141,7 +141,7 @@ class Door:
         self._selector.register(self._parting, selectors.EVENT_READ)
         listening = False
         try:
-            while not self.closed:
+            while not self._closed:
                 now = time.monotonic()
                 if listening != self._has_room(now):
                     listening = not listening
@@ -174,7 +174,7 @@ class Door:
         self._listener.close()
         self._selector.close()
         with self._crew.changed:
-            self.closed = True
+            self._closed = True
             self._wake.close()
             mains = [*self.mains, *(caller for caller in self._unknown if caller.parser is not None)]
             channels = list(self.channels)
@@ -203,7 +203,7 @@ class Door:
         if self._parting:
             ends.append(now + parting.MOST / 4)
         if self._ended:
-            ends.append(now + TOGETHER / 10)
+            ends.append(now + TOGETHER / 20)
         if len(self._unknown) >= MOST and (oldest := self._oldest()) is not None and oldest.came + SILENT > now:
             ends.append(oldest.came + SILENT)  # until then it does not listen
         return max(0.0, min(ends) - now) if ends else None
@@ -387,5 +387,5 @@ class Door:
 
     def _note(self, caller: Caller, why: str) -> None:
         with self._crew.changed:
-            if self._strangers.note(caller.connection.name, why) and not self.closed:
+            if self._strangers.note(caller.connection.name, why) and not self._closed:
                 self._wake.set()

@@ -25,7 +25,10 @@ def look_up(uri: Uri, silence: Silence, flags: socket.AddressInfo | None = None)
     done = threading.Event()
 
     def ask(more: int = 0) -> None:
-        infos = socket.getaddrinfo(uri.host or None, uri.port, type=socket.SOCK_STREAM, flags=(flags or 0) | more)
+        try:
+            infos = socket.getaddrinfo(uri.host or None, uri.port, type=socket.SOCK_STREAM, flags=(flags or 0) | more)
+        except UnicodeError as error:
+            raise OSError(f"{uri.host!r} can be no host's name") from error
         found.extend((family, address) for family, _, _, _, address in infos)
 
     def wait() -> None:

@@ -147,6 +147,11 @@ class Migration:
         except MultifdError as error:
             warnings.warn(f"the snapshot is complete, but has no digests: {error}", RuntimeWarning, stacklevel=2)
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether more has to come of it."""
+        return self._state in (State.WAITING, State.SET_UP, State.MOVING, State.SWITCHED_OVER)
+
     def progress(self) -> Progress:
         """How far it is, for a person."""
         pages = self._pages

@@ -129,7 +129,7 @@ def receive(
                 if driver is not None:
                     crew.on_cancel(driver.cancel)
                     driver.start(str(listener.uri))
-                    cleanup.enter_context(crew.every(WAITS, partial(_watch, driver, silence, door)))
+                    cleanup.enter_context(crew.every(WAITS, partial(_watch, driver, silence, job)))
                 party = meet(door, crew, channels or DEFAULT_CHANNELS, uuid, silence, first_timeout)
                 door.close()
             observed.enter_context(observers.migration(IN))
@@ -152,12 +152,12 @@ def receive(
     return result
 
 
-def _watch(driver: Source, silence: Silence, door: Door) -> None:
-    """Say whom QEMU waits for, where nothing has come for a while.  Raises PeerError where it will not come at all."""
+def _watch(driver: Source, silence: Silence, job: Migration) -> None:
+    """Say whom QEMU waits for, where nothing has come for a while.  Raises PeerError where it never will."""
     if silence.lasted(WAITS):
         with suppress(RuntimeWarning):  # also where warnings are errors
             driver.name_wait()
-        if not door.closed and driver.given_up():
+        if job.unfinished and driver.given_up():
             raise PeerError(ENDED_EARLY)
 
 

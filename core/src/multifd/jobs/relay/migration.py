@@ -22,7 +22,7 @@ from multifd.jobs.relay.plan import Plan
 from multifd.jobs.relay.recoding import Recoding
 from multifd.jobs.relay.verdict import FINAL, SUCCESSES, Saw, State, after, fitting, seen, told
 from multifd.jobs.verdict import LAST_WORD
-from multifd.net.caller import EARLY, Caller, by_vm
+from multifd.net.caller import EARLY, Caller, by_vm, likeliest
 from multifd.net.connect import connect
 from multifd.net.connection import Ended, Lost
 from multifd.net.deadline import LETTING_GO, Silence
@@ -76,11 +76,13 @@ class Migration:
 
     @property
     def ended_early(self) -> bool:
-        """Whether its source has ended it: its channels go on to the destination all the same.
-
-        A QEMU (10.0) notices nothing before the last of them has connected.
-        """
+        """Whether its source has ended it.  Its channels go on: a QEMU (10.0) waits for the last of them."""
         return self._state is State.ENDED_EARLY
+
+    @property
+    def source_left(self) -> bool:
+        """Whether its source has closed its main channel: whoever comes now is the next migration's."""
+        return self._source.fileno() < 0 or self._source.hung_up()
 
     @property
     def incomplete(self) -> bool:
@@ -108,9 +110,7 @@ class Migration:
             if not later and time.monotonic() - self._started > EARLY:
                 later = list(channels)
             return list(max(by_vm(later).values(), key=len, default={}).values())
-        return sorted(
-            channels, key=lambda channel: (channel.connection.hung_up(), channel.number < self._caller.number)
-        )
+        return likeliest(self._caller, channels)
 
     def begin(self) -> None:
         """Serve its main channel."""

@@ -13,6 +13,7 @@ before 8.0 takes the first connection for it.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -190,7 +191,7 @@ class Relay:
         with self._changed:
             door.busy = True
             while not (migration.over or self._crew.over):
-                for main in list(door.mains):
+                for main in list(door.mains) if not migration.source_left else ():
                     door.dismiss(main, "is a second main channel, the relay serves one migration at a time")
                 self._let_in(door, migration)
                 self._changed.wait(LATE)
@@ -200,7 +201,9 @@ class Relay:
                 self._changed.wait(0.05)
 
     def _let_in(self, door: Door, migration: Migration) -> None:
-        for channel in migration.group(door.channels):
+        # Behind the next main channel come its own.
+        until = door.next_main(migration.number) if migration.source_left else math.inf
+        for channel in [each for each in migration.group(door.channels) if each.number < until]:
             if migration.take(channel):
                 door.take([channel])
             else:
