@@ -30,6 +30,8 @@ LOOK = 1.0
 #: Seconds that a QEMU which answers may take to end a cancelled migration and to have its settings put back.
 PATIENCE = 7.0
 THEN = ("stop", "resume", "quit")
+#: A cancel comes to its end once the connections are closed, which the other side may have to do.
+GIVEN_UP = ("failed", "cancelled", "cancelling")
 
 
 class _Side:
@@ -100,10 +102,13 @@ class _Side:
             self._warn(text)
 
     def given_up(self) -> bool:
-        """Whether its migration has failed or was cancelled; False where QEMU does not say so within a second."""
+        """Whether its migration has failed or was cancelled, as QEMU says at once, or else has told before.
+
+        QEMU 11.1 may tell that it cancels and then answer nothing until its connections are closed.
+        """
         with suppress(MultifdError):
-            return self.status(BRIEF).status in ("failed", "cancelled")
-        return False
+            return self.status(BRIEF).status in GIVEN_UP
+        return self.monitor.told in GIVEN_UP
 
     def _ended(self, seconds: float, *, named: bool = False) -> Migration:
         """What the migration is at when it has ended, or after so many seconds.

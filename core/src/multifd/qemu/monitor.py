@@ -51,6 +51,8 @@ class Monitor:
         self._unread = bytearray()
         self._commands = 0
         self._changed = False
+        #: The status that the last event MIGRATION told, whatever QEMU sent as that.
+        self.told: object = None
         self._hurried = False
         self._connection: SocketConnection | None = None
         if crew is not None:
@@ -176,7 +178,10 @@ class Monitor:
 
     def _note(self, message: dict[str, Any]) -> bool:
         """Whether it is an event."""
-        self._changed = self._changed or message.get("event") == "MIGRATION"
+        if message.get("event") == "MIGRATION":
+            self._changed = True
+            data = message.get("data")
+            self.told = data.get("status") if isinstance(data, dict) else None
         return "event" in message
 
     def _message(self, deadline: float) -> dict[str, Any]:
