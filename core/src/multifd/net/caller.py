@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from multifd.errors import PeerError
 from multifd.net.socket import SocketConnection
 from multifd.wire.events import Configuration
+from multifd.wire.flags import VM_FILE_MAGIC
 from multifd.wire.mainchannel import Parser
-from multifd.wire.packet import InitPacket
+from multifd.wire.packet import MAGIC, InitPacket
 
+MAIN = MAGIC.pack(VM_FILE_MAGIC)
 NO_CHANNEL = InitPacket(bytes(16), -1)
 #: So many of the silent ones that came just before a multifd channel do not go: QEMU connects its main channel first,
 #: and may say nothing on it until the others have connected.
@@ -43,6 +45,11 @@ class Caller:
     def host(self) -> str:
         """Whence they came; all alike at a Unix socket."""
         return self.connection.name.rpartition(":")[0]
+
+    @property
+    def may_be_main(self) -> bool:
+        """Whether what they have said so far begins a main channel, if it is anything."""
+        return MAIN.startswith(self.data[: len(MAIN)])
 
     @property
     def how_failed(self) -> str:

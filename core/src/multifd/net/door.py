@@ -97,8 +97,8 @@ class Door:
     def next_main(self, after: int) -> float:
         """The number of the first who came after another one and is, or may become, a main channel; else infinity."""
         with self._crew.changed:
-            numbers = [main.number for main in self.mains]
-        numbers += [caller.number for caller in list(self._unknown) if caller.parser is not None or not caller.data]
+            unknown = [caller for caller in self._unknown if caller.may_be_main]
+            numbers = [caller.number for caller in (*self.mains, *self._ended, *unknown)]
         return min((number for number in numbers if number > after), default=math.inf)
 
     def see_off(self, connections: Iterable[SocketConnection]) -> None:
@@ -332,12 +332,13 @@ class Door:
         if alone and known:
             self._known(caller, self.mains)
             return
-        self._forget(caller)
-        if isinstance(failure, Ended) and len(self._ended) < MOST:
-            caller.ended = time.monotonic()
-            self._ended.append(caller)
-        else:
-            self._turn_away(caller, caller.how_failed)
+        with self._crew.changed:
+            self._forget(caller)
+            if isinstance(failure, Ended) and len(self._ended) < MOST:
+                caller.ended = time.monotonic()
+                self._ended.append(caller)
+            else:
+                self._turn_away(caller, caller.how_failed)
 
     def _match(self, now: float) -> None:
         """Who comes and goes alone is a stranger.  Of a source that was cancelled its destination has to hear."""
@@ -356,8 +357,8 @@ class Door:
 
     def _known(self, caller: Caller, where: list[Caller]) -> None:
         """It waits for the job now."""
-        self._forget(caller)
-        with self._crew.changed:
+        with self._crew.changed:  # at no time is it in neither
+            self._forget(caller)
             where.append(caller)
             if len(self.channels) > MOST:
                 self._thin_out()
