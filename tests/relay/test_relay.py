@@ -285,7 +285,7 @@ def test_a_cancel_in_the_set_up_reaches_the_destination(said: str, late: bool) -
 
 
 @pytest.mark.parametrize("channels", [1, 2])
-def test_the_next_migration_may_come_at_once_after_a_cancel(work: Path, channels: int) -> None:
+def test_the_next_migration_may_come_at_once_after_a_cancel(channels: int) -> None:
     """None of its channels is taken for the one before, which has the same VM and may lack some."""
     stream = streams.small(return_path=True, channels=2)
     there = peers.Keeping(1 + 2 + channels)

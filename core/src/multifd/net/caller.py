@@ -14,6 +14,7 @@ from multifd.wire.flags import VM_FILE_MAGIC
 from multifd.wire.mainchannel import Parser
 from multifd.wire.packet import MAGIC, InitPacket
 
+#: With what a main channel begins.
 MAIN = MAGIC.pack(VM_FILE_MAGIC)
 NO_CHANNEL = InitPacket(bytes(16), -1)
 #: So many of the silent ones that came just before a multifd channel do not go: QEMU connects its main channel first,

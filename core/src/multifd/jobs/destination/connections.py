@@ -10,15 +10,14 @@ from uuid import UUID
 from multifd.crew import Crew
 from multifd.engine.headers import identify
 from multifd.errors import PeerError, counted
-from multifd.net.caller import EARLY, Caller, by_vm
+from multifd.net.caller import EARLY, MAIN, Caller, by_vm
 from multifd.net.connection import Connection, Ended, Stalled
 from multifd.net.deadline import LETTING_GO, Silence
 from multifd.net.door import Door
 from multifd.net.recording import RecordedConnection
 from multifd.net.security import warn_exposed
 from multifd.net.socket import SocketConnection
-from multifd.wire.flags import VM_FILE_MAGIC
-from multifd.wire.packet import MAGIC, InitPacket
+from multifd.wire.packet import InitPacket
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +52,7 @@ def recorded(main: RecordedConnection, others: Sequence[RecordedConnection]) -> 
             raise PeerError(f"channel {init.id}: came twice")
         channels[init.id] = init, connection
     _check([init for init, _ in channels.values()], len(others))
-    return Party(main, MAGIC.pack(VM_FILE_MAGIC), list(channels.values()))
+    return Party(main, MAIN, list(channels.values()))
 
 
 def _check(inits: Sequence[InitPacket], count: int) -> None:

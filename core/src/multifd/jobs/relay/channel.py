@@ -50,7 +50,7 @@ class Channel(ABC):
         self.methods: set[int] = set()
         self._page_size = page_size
         self._plan = plan
-        there = InitPacket(plan.uuid or init.uuid, init.id)
+        there = plan.onward(init)
         destination.write([there.pack()])  # before anything is made that would have to be closed
         self._clock = Clock(STAGES)
         self._came = plan.observers.watch(IN, init, ("wait", "decode"), self._clock)

@@ -182,7 +182,7 @@ class Migration:
         self._source.abort()  # it first, and nothing else of the source's: see `net.parting`
 
     def _drain(self) -> None:
-        """What a source sent before it ended goes on: a QEMU 7.2 that lacks a SYNC of it waits for that for ever."""
+        """What a source sent before it ended goes on, and so do its channels, as they would without a relay."""
         deadline = time.monotonic() + LETTING_GO
         if self._destination is not None:
             self._destination.finish()
@@ -281,7 +281,7 @@ class Migration:
         try:
             there = self._connect()
             if not self._main.blocks_known:
-                there.write([InitPacket(self._plan.uuid or init.uuid, init.id).pack()])
+                there.write([self._plan.onward(init).pack()])
                 there.finish()
                 return
             if self._effort is None:

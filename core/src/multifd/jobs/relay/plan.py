@@ -9,6 +9,7 @@ from multifd.effort.choice import Choice
 from multifd.net.socket import Wrap
 from multifd.net.uri import Uri
 from multifd.observe.observers import Observers
+from multifd.wire.packet import InitPacket
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,3 +30,7 @@ class Plan:
     find_zero_pages: bool
     observers: Observers
     timeout: float
+
+    def onward(self, init: InitPacket) -> InitPacket:
+        """With what a channel begins towards the destination that began with `init`."""
+        return InitPacket(self.uuid or init.uuid, init.id)

@@ -30,6 +30,7 @@ from multifd.jobs.relay.migration import Migration
 from multifd.jobs.relay.outcome import Relayed
 from multifd.jobs.relay.plan import Plan
 from multifd.net import parting
+from multifd.net.caller import Caller
 from multifd.net.deadline import DEFAULT_TIMEOUT, Silence
 from multifd.net.door import Door
 from multifd.net.listener import Listener
@@ -200,10 +201,13 @@ class Relay:
                 self._let_in(door, migration)
                 self._changed.wait(0.05)
 
-    def _let_in(self, door: Door, migration: Migration) -> None:
-        # Behind the next main channel come its own.
+    def _own(self, door: Door, migration: Migration) -> list[Caller]:
+        """Who waits and may be one of its channels; once its source has left, none behind the next main channel."""
         until = door.next_main(migration.number) if migration.source_left else math.inf
-        for channel in [each for each in migration.group(door.channels) if each.number < until]:
+        return [channel for channel in migration.group(door.channels) if channel.number < until]
+
+    def _let_in(self, door: Door, migration: Migration) -> None:
+        for channel in self._own(door, migration):
             if migration.take(channel):
                 door.take([channel])
             else:
@@ -217,9 +221,7 @@ class Relay:
         door.see_off(migration.left)
         with self._changed:
             while (door.parting or time.monotonic() < late) and time.monotonic() < deadline and not self._crew.over:
-                # Behind the next main channel come its own.
-                until = door.next_main(migration.number)
-                for channel in [each for each in migration.group(door.channels) if each.number < until]:
+                for channel in self._own(door, migration):
                     if migration.uuid in (None, channel.init.uuid):
                         door.take([channel])
                         door.see_off([channel.connection])
