@@ -71,6 +71,8 @@ class Channels:
         A QEMU (7.2 and 10.0) that has read the sync point waits for the SYNCs with its main loop: if one does not come
         any more, its monitor is silent for ever.  Raises Ended, Stalled.
         """
+        if points == 1:  # the source had connected them before, but the relay may have met none yet
+            self._changed.wait_for(lambda: self.ids or over(), LATE_CHANNEL)
         self._await(lambda channel: channel.syncs >= points or channel.ended, over)
         self.sync_point(points)
 
