@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -171,6 +172,17 @@ def test_ctrl_c_ends_cleanly_at_once(work: Path, number: signal.Signals, code: i
         assert child.stderr is not None
         assert child.stderr.read() in ("multifd: interrupted\n", "")
     assert not list(work.iterdir())
+
+
+def test_a_signal_at_its_very_end_does_not_change_its_code() -> None:
+    for number in range(20):
+        command = [*MULTIFD, "inspect", "/nowhere"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+            assert process.stderr is not None
+            assert process.stderr.read(1)
+            time.sleep(number / 1000)
+            process.terminate()
+            assert process.wait(30) == 1
 
 
 def test_ctrl_c_while_sending(work: Path) -> None:

@@ -117,7 +117,7 @@ class Chain:
     def others_end(self) -> None:
         for command in (self.send, self.receive):
             if command is not self.victim:
-                command.ends()
+                self._received() if command is self.receive else command.ends()
 
     def act(self) -> None:
         """What happens to the victim; then the gate is open."""
@@ -167,12 +167,13 @@ class Chain:
     def _received(self) -> int:
         """The exit code of `receive`.  It waits without limit for a source that its relay has not called it for."""
         uncalled = self.at_source and self.relay is not None and self.case.phase == "set-up"
-        if uncalled and not peers.eventually(lambda: self.receive.process.poll() is not None, 0.5):
+        waits = 2 * PATIENCE if self.long else 0.5
+        if uncalled and not peers.eventually(lambda: self.receive.process.poll() is not None, waits):
             code, seconds = self.receive.told(signal.SIGTERM, PROMPT)
             assert code in (1, 128 + signal.SIGTERM)
             ends.PROMPTLY.append(seconds)
-            return code
-        return self.receive.ends()
+        code = self.receive.ends()
+        return 1 if uncalled and code == 128 + signal.SIGTERM else code
 
     def next_one(self) -> None:
         """Whoever serves, serves again, and who starts again takes the address over."""

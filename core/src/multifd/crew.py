@@ -41,6 +41,8 @@ class Crew:
         #: Seconds in which the job ends after a cancel, or else the command line ends it.  More where something must
         #: not be left half done.
         self.patience = PATIENCE
+        #: Whether there is anybody whom `cancel` reaches.
+        self.used = False
         # Guarded by the condition:
         self.over = False
         self._failure: BaseException | None = None
@@ -48,11 +50,6 @@ class Crew:
         self._threads: list[threading.Thread] = []
         self._wakes: list[Callable[[], None]] = []
         self._before_cancel: list[Callable[[], None]] = []
-
-    @property
-    def used(self) -> bool:
-        """Whether there is anybody whom `cancel` reaches."""
-        return bool(self._threads or self._wakes or self._before_cancel)
 
     def spawn(self, name: str, action: Callable[[], None]) -> threading.Thread:
         """Do something in a thread of its own; what it raises fails the crew.
@@ -69,6 +66,7 @@ class Crew:
         thread = threading.Thread(target=work, name=name, daemon=True)
         with self.changed:
             self.check()
+            self.used = True
             start(thread)
             self._threads = [other for other in self._threads if other.is_alive()] + [thread]
         return thread
@@ -123,6 +121,7 @@ class Crew:
     def on_end(self, wake: Callable[[], None]) -> None:
         """What is called once the crew is over, to wake whoever blocks somewhere; at once where it is."""
         with self.changed:
+            self.used = True
             if not self.over:
                 self._wakes.append(wake)
                 return
@@ -130,6 +129,7 @@ class Crew:
 
     def on_cancel(self, action: Callable[[], None]) -> None:
         """What is done first where the job is cancelled, while nobody has been woken."""
+        self.used = True
         self._before_cancel.insert(0, action)
 
     def wait_for(self, condition: Callable[[], object], seconds: float | None = None) -> bool:

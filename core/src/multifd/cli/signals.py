@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import select
 import signal
@@ -71,6 +72,14 @@ def run_alone(run: Callable[[], int]) -> int:
 def _stop(number: int, _: object) -> NoReturn:
     signal.signal(number, signal.SIG_DFL)
     raise Stopped(number)
+
+
+def ignore_at_exit() -> None:
+    """Once everything else has been done at the process's end, signals do nothing.
+
+    Python puts the default handlers back before it has ended, and a signal's own code would be the process's.
+    """
+    atexit.register(lambda: [signal.signal(number, signal.SIG_IGN) for number in STOPPING])
 
 
 def settle(code: int) -> None:

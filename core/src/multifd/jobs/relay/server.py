@@ -109,6 +109,7 @@ class Relay:
         self._serves = False
         self._listener = Listener(where, Silence(timeout), listening_wrap(listen_tls_creds))
         self.uri = str(self._listener.uri)
+        self._crew.used = True  # `serve` begins with a look at it
 
     def __enter__(self) -> Self:
         return self
