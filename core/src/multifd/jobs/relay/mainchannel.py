@@ -86,10 +86,10 @@ class MainChannel:
             data = source.read_some(MAIN_READ)
         if not complete:
             self._end()
-            on_complete()
-            with self._changed:
+            with self._changed:  # before it is complete: the destination may close at once
                 self.ended = True
                 self._changed.notify_all()
+            on_complete()
 
     def _end(self) -> None:
         """The source has ended without VM description.  Raises Ended unless it may.
