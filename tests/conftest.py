@@ -18,6 +18,7 @@ pytest.register_assert_rewrite("captures", "commands", "peers", "qemus", "relayi
 import prove
 import standin as standin_module
 import strangers
+import told
 from captures import OWN_CAPTURES, Capture, load_captures
 from certificates import Authority
 from multifd.testing.harness import descriptors
@@ -37,6 +38,13 @@ collect_ignore_glob = ["packaging/from-0.1/*"]
 @pytest.fixture
 def own_capture() -> dict[str, Capture]:
     return load_captures(OWN_CAPTURES)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_unexpected(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No test may be told a warning that it does not expect."""
+    with told.nothing_else(request):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -220,7 +220,7 @@ def test_progress_on_a_terminal(work: Path) -> None:
             pass
         os.close(ours)
         assert child.wait(30) == 0
-    assert re.search(rb"MiB/s, ratio \d+\.\d\d, \d+ pages left", shown)
+    assert re.search(rb"MiB/s, ratio \d+\.\d\d, \d+ s left", shown)
     assert shown.endswith(b"\r\x1b[K")
 
 

@@ -109,7 +109,7 @@ def flips(stream: streams.Stream, mix: random.Random) -> Iterator[tuple[streams.
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.filterwarnings("ignore:.*SYNCs are like no known QEMU's")
+@pytest.mark.may_warn(".*SYNCs are like no known QEMU's")
 def test_flipped_bits_are_refused_or_hit_nothing_but_themselves(work: Path) -> None:
     stream = streams.small("none")
     whole = stream.ram["pc.ram"]

@@ -220,7 +220,7 @@ def test_the_recommendation_follows_the_link() -> None:
     assert made(NONE, LIGHT, as_good).recommend(1e6) is as_good, "less CPU time for nearly the same"
 
 
-@pytest.mark.filterwarnings("ignore:qatzip works in software")
+@pytest.mark.may_warn("qatzip works in software")
 def test_the_recommendation_on_an_image(tmp_path: Path) -> None:
     image = tmp_path / "image.raw"
     image.write_bytes(text(64 * PAGE))

@@ -18,6 +18,7 @@ from multifd.codec.compressor import Compressor
 from multifd.codec.settings import Settings, Spec
 from multifd.errors import HostError, UsageError
 from sites import GOOD, IMPORTS, Site
+from told import warns
 
 
 def test_the_list_has_what_the_json_promises() -> None:
@@ -353,7 +354,7 @@ def test_settings_are_checked_against_the_facts() -> None:
 
 def test_a_cleanup_that_raises_is_told_and_goes_no_further() -> None:
     toy = compressor()
-    with pytest.warns(RuntimeWarning, match="multifd_send_cleanup raised RuntimeError: cannot"):
+    with warns("multifd_send_cleanup raised RuntimeError: cannot"):
         toy.cleanup("send", hookspecs.Channel(0, 4096))
 
 

@@ -29,7 +29,7 @@ from processes import Command
 PATIENCE = 2.0
 TIMES = 7
 
-pytestmark = [pytest.mark.timeout(90), pytest.mark.filterwarnings("ignore:.* ignored")]
+pytestmark = [pytest.mark.timeout(90), pytest.mark.may_warn(".* ignored")]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -17,6 +17,7 @@ from multifd import open_snapshot
 from multifd.errors import MultifdError, PeerError
 from multifd.qemu.driver import Source
 from qemus import RELEASES, Qemu, Start, content
+from told import warns
 
 METHODS = ("none", "zlib", "zstd")
 
@@ -54,7 +55,7 @@ def test_send(start: Start, work: Path, release: str, compressor: str) -> None:
     assert target.ram.read_bytes() == content()
 
 
-@pytest.mark.filterwarnings("ignore:.*ignored")
+@pytest.mark.may_warn(".*ignored")
 @pytest.mark.parametrize("release", RELEASES)
 @pytest.mark.parametrize(
     ("theirs", "ours", "message"),
@@ -122,7 +123,7 @@ def test_a_source_that_cannot_be_told_what_to_do_then(
     monkeypatch.setattr(Source, "leave", leave)
     job = partial(multifd.receive, f"unix:{work}/here", work / "snap", qmp=str(work / "source.qmp"), then=then)
     if then == "stop":
-        with pytest.warns(RuntimeWarning, match="the snapshot is complete, but not all is well at the source"):
+        with warns("the snapshot is complete, but not all is well at the source"):
             job()
     else:
         with pytest.raises(PeerError, match="the snapshot is complete, but .* the monitor is gone; its guest did not"):
@@ -167,7 +168,7 @@ def test_send_drives_the_destination(start: Start, work: Path, release: str) -> 
     assert target.ram.read_bytes() == content()
 
 
-@pytest.mark.filterwarnings("ignore:.*closed without a byte")
+@pytest.mark.may_warn(".*closed without a byte")
 def test_what_qemu_says_is_told(start: Start, work: Path) -> None:
     source = start("10.0", "source")
     source.monitor.close()

@@ -20,6 +20,7 @@ from multifd.qemu import driver as driver_module
 from multifd.qemu.driver import Destination, Source
 from processes import Command
 from qemus import RELEASES, Qemu, Start, content
+from told import warns
 
 
 def capabilities(qemu: Qemu) -> dict[str, bool]:
@@ -88,7 +89,7 @@ def test_a_pause_before_the_switchover_is_named(start: Start, work: Path, releas
         driver.start(there.uri)
         assert peers.eventually(lambda: "pre-switchover" in driver.waits(), peers.TIMEOUT)
         says = "waits in pre-switchover .*: turn capability pause-before-switchover off, or say migrate-continue"
-        with pytest.warns(RuntimeWarning, match=says) as said, pytest.raises(PeerError, match=says):
+        with warns(says) as said, pytest.raises(PeerError, match=says):
             driver.wait()
         assert len(said) == 1
         driver.monitor.command("migrate-continue", state="pre-switchover")

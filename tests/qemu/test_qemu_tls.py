@@ -11,8 +11,9 @@ import peers
 from multifd import open_snapshot
 from qemus import FAILING_CHANNELS, RELEASES, Start, content
 from relaying import Relaying, closing
+from told import warns
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*ignored")
+pytestmark = pytest.mark.may_warn(".*ignored")
 
 
 def secured(pki: Path, endpoint: str) -> list[str]:
@@ -81,7 +82,7 @@ def test_receive_and_send(start: Start, work: Path, creds: Path, release: str) -
 def test_a_qemu_with_tls_and_a_relay_without(start: Start, work: Path, creds: Path, release: str) -> None:
     source = start(release, "source", more=secured(creds, "client"))
     source.prepare(channels=FAILING_CHANNELS, tls_creds="tls0")
-    warned = pytest.warns(RuntimeWarning, match="it speaks TLS, this side does not: ignored")
+    warned = warns("it speaks TLS, this side does not: ignored")
     with closing(Relaying(f"unix:{work}/nobody")) as relaying, warned:
         source.monitor.command("migrate", uri=relaying.uri)
         source.wait("failed")
@@ -91,7 +92,7 @@ def test_a_qemu_with_tls_and_a_relay_without(start: Start, work: Path, creds: Pa
 def test_a_qemu_without_tls_and_a_relay_with(start: Start, work: Path, creds: Path, release: str) -> None:
     source = start(release, "source")
     source.prepare(channels=FAILING_CHANNELS)
-    warned = pytest.warns(RuntimeWarning, match="the other side does not speak TLS: turn it on over there")
+    warned = warns("the other side does not speak TLS: turn it on over there")
     with closing(Relaying(f"unix:{work}/nobody", listen_tls_creds=creds)) as relaying, warned:
         source.monitor.command("migrate", uri=relaying.uri)
         source.wait("failed")

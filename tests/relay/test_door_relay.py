@@ -1,6 +1,6 @@
 """Who connects to the relay and is not its migration: before it and meanwhile, plain and over TLS; and a thousand.
 
-All of it with warnings as errors, as everywhere: a stranger must not raise anything here, nor end or hold a migration.
+A stranger must not raise anything here, nor end or hold a migration; of others there is no warning.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from multifd.jobs.relay.outcome import Relayed
 from relaying import Relaying, closing
 from strangers import FOREIGN, Serving, Source, receiving
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = [pytest.mark.timeout(90), pytest.mark.may_warn(": ignored$|more connections were ignored")]
 
 CROWD = 80
 MIB = 1 << 20

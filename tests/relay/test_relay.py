@@ -32,6 +32,7 @@ from multifd.jobs.relay.counters import STAGES
 from multifd.jobs.relay.metrics import serving
 from multifd.jobs.relay.outcome import Relayed
 from relaying import Relaying, closing
+from told import warns
 
 METHODS = ["none", "zlib", "zstd", "qatzip-sw", "qpl-sw", "uadk-sw"]
 
@@ -107,19 +108,17 @@ def test_a_second_migration_meanwhile_is_refused_and_mixes_nothing(work: Path) -
         assert peers.eventually(lambda: relaying.connections() == 6), (
             "it serves this one, with three to the destination"
         )
-        with pytest.warns(
-            RuntimeWarning, match="is a second main channel, the relay serves one migration at a time"
-        ) as warned:
+        with warns("is a second main channel, the relay serves one migration at a time") as warned:
             other = peers.dial(relaying.uri)
             other.sendall(stream.main[: cuts[0]])
             assert refused(other)
             assert peers.eventually(lambda: len(warned) > 0)
-        with pytest.warns(RuntimeWarning, match="which is not the migration that the relay serves") as warned:
+        with warns("which is not the migration that the relay serves") as warned:
             late = peers.dial(relaying.uri)
             late.sendall(streams.init(1))
             assert refused(late)
             assert peers.eventually(lambda: len(warned) > 0)
-        with pytest.warns(RuntimeWarning, match="begins with 0x47455420, neither a migration") as warned:
+        with warns("begins with 0x47455420, neither a migration") as warned:
             stranger = peers.dial(relaying.uri)
             stranger.sendall(b"GET / HTTP/1.0\r\n\r\n")
             assert refused(stranger)
@@ -207,7 +206,7 @@ def test_a_destination_that_expects_another_method(work: Path) -> None:
         assert "the destination" in relaying.error()
 
 
-@pytest.mark.filterwarnings("ignore:.*closed without a byte")
+@pytest.mark.may_warn(".*closed without a byte")
 def test_a_source_of_another_method_than_said(work: Path) -> None:
     images.write_memory(work)
     there = peers.Receiving(work / "snap", timeout=3)
@@ -221,7 +220,7 @@ def test_a_source_of_another_method_than_said(work: Path) -> None:
 
 
 # A connection that the relay had just made for a channel may end with the migration, before its first byte.
-@pytest.mark.filterwarnings("ignore:.*closed without a byte")
+@pytest.mark.may_warn(".*closed without a byte")
 @pytest.mark.parametrize("cut", [0, 1, 2])
 def test_a_source_that_dies(work: Path, cut: int) -> None:
     """Of main and two channels one is cut short, then all are closed: nothing arrives."""

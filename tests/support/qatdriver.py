@@ -16,7 +16,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ from multifd.errors import CompressorError, MultifdError
 from multifd.testing.harness import Footprint
 from multifd_qatzip import library, members, software
 from pairs import PAGE, Pair
+from told import keeping
 
 
 def packets(count: int, seed: int, pages: int = 128) -> Iterator[bytes]:
@@ -114,8 +114,7 @@ def traffic(
             os.environ[name] = value
 
     ready = threading.Barrier(channels, action=change)
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("once")
+    with keeping() as kept:
         threads = [threading.Thread(target=run, args=(number,)) for number in range(channels)]
         forking = threading.Thread(target=now_fork)
         for thread in threads:
@@ -127,7 +126,7 @@ def traffic(
         stop.set()
         if fork:
             forking.join()
-    return {"counts": total, "failures": failures, "told": [str(one.message) for one in told]}
+    return {"counts": total, "failures": failures, "told": list(dict.fromkeys(kept.messages))}
 
 
 def against_itself() -> dict[str, Any]:

@@ -16,6 +16,7 @@ CORE = TOP / "core" / "src" / "multifd"
 #: though never in a circle.
 LAYERS = [
     "errors",
+    "log",
     "crew",
     "wire",
     "hookspecs",
@@ -39,12 +40,14 @@ TABLES = {"__init__", "_compat"}
 #: Names that only these may import, modules or whole packages.
 ROOMS = {
     "socket": {"net"},
-    "select": {"net", "cli.signals"},
+    "select": {"net", "cli.signals", "cli.lines"},
     "selectors": {"net.door"},
     "ssl": {"net.tls"},
     "threading": {
+        "log",
         "crew",
         "cli.signals",
+        "cli.lines",
         "net.tls",
         "net.door",
         "net.lookup",

@@ -24,6 +24,7 @@ from multifd.qemu import monitor as monitor_module
 from multifd.qemu.driver import Destination, Source
 from multifd.qemu.monitor import Monitor
 from multifd.qemu.states import Guest, Migration, destination_obstacle, source_obstacle
+from told import warns
 
 GREETING = b'{"QMP": {}}\r\n'
 EVENT = b'{"event": "MIGRATION", "data": {"status": "active"}}\r\n'
@@ -357,7 +358,7 @@ def test_a_setting_that_is_not_put_back_is_told_and_the_others_are(work: Path) -
     with monitor(work, answer) as where:
         driver = source(where)
         with (
-            pytest.warns(RuntimeWarning, match="not put back as it was: multifd-channels: .*QEMU says: not now"),
+            warns("not put back as it was: multifd-channels: .*QEMU says: not now"),
             driver,
         ):
             assert put_back[0]["events"], "on for the time of the job"
@@ -378,7 +379,7 @@ def test_a_monitor_that_does_not_answer_is_not_asked_to_put_back_twice(work: Pat
     done = threading.Event()
     with monitor(work, answer) as where:
         driver = source(where, timeout=1)
-        with pytest.warns(RuntimeWarning, match="not put back as it was: multifd-channels, events, multifd: "), driver:
+        with warns("not put back as it was: multifd-channels, events, multifd: "), driver:
             silent.set()
         done.set()
     assert asked == ["migrate-set-parameters"]
@@ -430,15 +431,13 @@ def test_a_wait_of_qemus_is_named_once_and_its_end_is_an_event(work: Path, monke
     monkeypatch.setattr(driver_module, "LOOK", 0.05)
     statuses = iter([{}, *[{"status": "pre-switchover"}] * 6, {"status": "completed"}])
     with monitor(work, usual(query_migrate=statuses)) as where, source(where) as driver:
-        with pytest.warns(
-            RuntimeWarning, match="waits in pre-switchover .*pause-before-switchover off.*migrate-continue"
-        ) as said:
+        with warns("waits in pre-switchover .*pause-before-switchover off.*migrate-continue") as said:
             driver.wait()
         assert len(said) == 1
 
 
 @pytest.mark.parametrize("status", ["pre-switchover", "wait-unplug", "device", "colo", "postcopy-paused"])
-@pytest.mark.filterwarnings("ignore:.*QEMU's migration waits")
+@pytest.mark.may_warn(".*QEMU's migration waits")
 def test_a_wait_that_does_not_end_is_the_error(work: Path, status: str) -> None:
     answers = chain([{}], repeat({"status": status}))
     with monitor(work, usual(query_migrate=answers)) as where, source(where, timeout=1) as driver:
@@ -546,6 +545,6 @@ def test_what_a_killed_multifd_left_is_told(work: Path) -> None:
     on = [{"capability": name, "state": True} for name in ("events", "multifd", "return-path")]
     answer = usual(query_migrate={"status": "failed", "error-desc": "gone"}, query_migrate_capabilities=on)
     with monitor(work, answer) as where:
-        with pytest.warns(RuntimeWarning, match=r"is failed; QEMU says: gone, and multifd, return-path, events are on"):
+        with warns(r"is failed; QEMU says: gone, and multifd, return-path, events are on"):
             driver = source(where)
         driver.monitor.close()

@@ -22,6 +22,7 @@ from multifd.net.deadline import Silence
 from multifd.net.door import AGAIN, Door
 from multifd.net.listener import Listener
 from multifd.net.uri import Uri
+from told import warns
 
 
 def test_a_writer_hears_of_a_reset_at_once() -> None:
@@ -59,9 +60,7 @@ def test_a_door_without_descriptors_waits_for_one(work: Path) -> None:
         os.close(first_free)
         resource.setrlimit(resource.RLIMIT_NOFILE, (first_free, limits[1]))
         try:
-            with pytest.warns(
-                RuntimeWarning, match="here cannot .* no descriptor is left: raise `ulimit -n`"
-            ) as warned:
+            with warns("here cannot .* no descriptor is left: raise `ulimit -n`") as warned:
                 door.begin()
                 assert peers.eventually(lambda: len(warned) > 0)
                 time.sleep(3 * AGAIN)

@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from multifd.errors import Cancelled, HostError, shortage
+from multifd.log import About, about
 
 T = TypeVar("T")
 
@@ -41,6 +42,8 @@ class Crew:
         #: Seconds in which the job ends after a cancel, or else the command line ends it.  More where something must
         #: not be left half done.
         self.patience = PATIENCE
+        #: What its threads log is of this migration; None: of none in particular.
+        self.about: About | None = None
         #: Whether there is anybody whom `cancel` reaches.
         self.used = False
         # Guarded by the condition:
@@ -59,7 +62,8 @@ class Crew:
 
         def work() -> None:
             try:
-                action()
+                with about(self.about):
+                    action()
             except BaseException as error:  # noqa: BLE001 - whoever waits raises it
                 self.fail(error)
 

@@ -25,7 +25,7 @@ expected.  Core adds the channel and the compressor's name.  Whatever else is ra
 migration too, but is reported as a fault in the plugin.
 
 What goes on all the same but should be known (a device that gave up) a compressor tells with
-`warnings.warn(text, RuntimeWarning)`; the command line shows each text once.
+`logging.getLogger("multifd").warning(text)`; the command line shows each text once.
 """
 
 from __future__ import annotations

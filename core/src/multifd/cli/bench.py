@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from multifd.cli.commands import Run
 from multifd.cli.options import SOURCE_HELP, bandwidth, count, plugin_options
-from multifd.cli.output import print_table, rewrite, size_text
+from multifd.cli.output import emit, emit_json, print_table, rewrite, size_text
 from multifd.errors import CallerError, counted, os_errors
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     if measuring:
         rewrite("")
     if arguments.json:
-        print(json.dumps(found.report(links), indent=2))
+        emit_json(found.report(links))
     else:
         _print_bench(found, links)
     if arguments.svg:
@@ -61,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _print_bench(found: Bench, links: Sequence[float]) -> None:
     from multifd.jobs.bench.model import MODEL, bandwidth
 
-    print(
+    emit(
         f"{found.path}: {size_text(found.memory_bytes)}, {found.zero_bytes / found.looked_bytes:.0%} of it zero pages; "
         f"measured on {size_text(found.sampled_bytes)} of the others, in {counted(found.sampled_packets, 'packet')}"
     )
@@ -88,8 +87,8 @@ def _print_bench(found: Bench, links: Sequence[float]) -> None:
         if row.reason
     )
     for note in dict.fromkeys(notes):  # what holds for a compressor is said of each level
-        print(note)
-    print(f"\nwith {counted(found.cores, 'core')} on each side, {MODEL}")
+        emit(note)
+    emit("", f"with {counted(found.cores, 'core')} on each side, {MODEL}")
     expected = [("LINK", "BEST", "SECONDS", "WITH NONE")]
     for link in links:
         best = found.recommend(link)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from multifd.cli.commands import Run
 from multifd.cli.options import plugin_options
-from multifd.cli.output import print_table
+from multifd.cli.output import emit, emit_json, print_table
 
 
 def configure(parser: argparse.ArgumentParser) -> Run:
@@ -24,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     rows = compressors()
     if arguments.json:
-        print(json.dumps(rows, indent=2))
+        emit_json(rows)
         return 0
     table = [("NAME", "METHOD", "FLAG", "AVAILABLE", "WITH")]
     for row in rows:
@@ -38,5 +37,5 @@ def run(arguments: argparse.Namespace) -> int:
     have = {row["name"] for row in rows}
     for name, distribution in distributions().items():
         if name not in have:
-            print(f"not installed: {name} (pip install {distribution})")
+            emit(f"not installed: {name} (pip install {distribution})")
     return 0

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 
 from multifd.cli.commands import Run
+from multifd.cli.output import emit, emit_json
 from multifd.errors import UsageError
 
 
@@ -37,15 +37,15 @@ def run(arguments: argparse.Namespace) -> int:
         outcomes.append(outcome)
         if not arguments.json:
             lines = f"{outcome.check:<24}{outcome.result:<11}{outcome}".rstrip().splitlines()
-            print("\n    ".join(lines), flush=True)
+            emit(lines[0], *(f"    {line}" for line in lines[1:]))
     results = [outcome.result for outcome in outcomes]
     kept = not {runner.FAILED, runner.NOT_RUN} & set(results)
     if arguments.json:
-        print(json.dumps({"compressor": spec.name, "passed": kept, "checks": list(map(asdict, outcomes))}, indent=2))
+        emit_json({"compressor": spec.name, "passed": kept, "checks": list(map(asdict, outcomes))})
         return int(not kept)
     verdict = "it keeps the contract"
     if not kept:
         verdict = "it breaks the contract" if runner.FAILED in results else "not all of it could be checked"
     counts = ", ".join(f"{results.count(result)} {result}" for result in dict.fromkeys(results))
-    print(f"{spec.name}: {counts}: {verdict}")
+    emit(f"{spec.name}: {counts}: {verdict}")
     return int(not kept)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 
 from multifd.cli.commands import Run
 from multifd.cli.options import seconds
+from multifd.cli.output import emit, emit_json
 
 
 def configure(parser: argparse.ArgumentParser) -> Run:
@@ -39,13 +39,13 @@ def run(arguments: argparse.Namespace) -> int:
             "troubles": list(map(asdict, troubles)),
             "advice": list(map(asdict, advice)),
         }
-        print(json.dumps(found, indent=2))
+        emit_json(found)
     else:
-        print(f"{'source':<13}{doctor.describe(source)}\n{'destination':<13}{doctor.describe(destination)}")
+        emit(f"{'source':<13}{doctor.describe(source)}", f"{'destination':<13}{doctor.describe(destination)}")
         for trouble in troubles:
-            print(f"- {trouble.what}: {trouble.remedy}")
+            emit(f"- {trouble.what}: {trouble.remedy}")
         for one in advice:
-            print(f"  {one.what}: {one.remedy}")
+            emit(f"  {one.what}: {one.remedy}")
         if not troubles:
-            print("nothing is seen that would fail")
+            emit("nothing is seen that would fail")
     return int(bool(troubles))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from multifd.cli.commands import Run
+from multifd.cli.output import emit, emit_json
 
 
 def configure(parser: argparse.ArgumentParser) -> Run:
@@ -21,15 +21,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     found = inspect(arguments.path)
     if arguments.json:
-        print(json.dumps(found, indent=2))
+        emit_json(found)
         return 0
     for key, value in found.items():
         if key == "blocks":
             for block in value:
                 digest = block.get("sha256")
-                print(
-                    f"{'block':<19}{block['idstr']}: {block['used_length']} bytes" + (f", {digest}" if digest else "")
-                )
+                emit(f"{'block':<19}{block['idstr']}: {block['used_length']} bytes" + (f", {digest}" if digest else ""))
         elif value is not None:
-            print(f"{key.replace('_', ' '):<19}{value}")
+            emit(f"{key.replace('_', ' '):<19}{value}")
     return 0

@@ -12,20 +12,25 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 
 from multifd import __version__
-from multifd.cli import commands
+from multifd.cli import commands, lines, records
 from multifd.cli.options import choose_plugins
-from multifd.cli.output import say, show_warning
 from multifd.cli.signals import Stopped, ignore_at_exit, leave_stuck, run_alone, run_beside, settle
 from multifd.crew import Crew
-from multifd.errors import MultifdError, UsageError
+from multifd.errors import MultifdError, UsageError, reason
+from multifd.log import escaped, log
 
 
 def main(argv: Sequence[str]) -> int:
     """Run one command; returns the exit code: 0, 1 for an error, 2 for usage, 128 + its number for a signal."""
     ignore_at_exit()  # at first: what plugins do at exit comes before it
-    warnings.showwarning = show_warning
+    lines.take_places()
+    as_json = "--log=json" in argv or ("--log", "json") in pairwise(argv)  # known before what is wrong with others
+    records.begin(lines.stderr, as_json=as_json, verbose=not {"-v", "--verbose"}.isdisjoint(argv))
+    # A plugin may tell so what goes on all the same.
+    warnings.showwarning = lambda message, *_, **__: log.warning(str(message))
     warnings.simplefilter("always", RuntimeWarning)
     crew = Crew()
     code = _run(argv, crew)
@@ -39,34 +44,35 @@ def _run(argv: Sequence[str], crew: Crew) -> int:
     debug = "--debug" in argv
     try:
         arguments = _parser(argv).parse_args(argv)
-        debug = arguments.debug
+        debug = getattr(arguments, "debug", debug)
         arguments.crew = crew
         gc.freeze()  # what was imported lives to the end: do not look through it again and again
 
         def run() -> int:
             choose_plugins(arguments)
             code: int = arguments._run(arguments)
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()  # a command of another package prints
             return code
 
         return run_alone(run) if getattr(arguments, "_alone", False) else run_beside(run, crew)
-    except BrokenPipeError:
-        # Whoever read our output has gone; do not complain about it again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # others are MultifdErrors by now
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again at exit
+        log.error(f"{lines.stdout.name}: {reason(error)}")
         return 1
     except KeyboardInterrupt:
-        say("interrupted")
+        log.error("interrupted")
         return 128 + signal.SIGINT
     except Stopped as stopped:
         if stopped.code == 128 + signal.SIGINT:
-            say("interrupted")
+            log.error("interrupted")
         return stopped.code
     except MultifdError as error:
         if debug:
             import traceback
 
             traceback.print_exc()
-        say(str(error))
+        log.error(str(error))
         return 2 if isinstance(error, UsageError) else 1
 
 
@@ -80,11 +86,20 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"multifd {__version__}")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    common.add_argument("-v", "--verbose", action="store_true", help="say what was decided, and why")
+    common.add_argument(
+        "--log", choices=("text", "json"), default="text", help="what is said on standard error, for people or machines"
+    )
     common.add_argument("--debug", action="store_true", help="on an error, print where it came from")
     wanted = next((word for word in argv if not word.startswith("-")), "")
     known = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in commands.find(wanted):
-        its = known.add_parser(command.name, parents=[common], help=command.summary.replace("%", "%%"))
+        its = known.add_parser(
+            command.name,
+            parents=[common],
+            help=escaped(command.summary).replace("%", "%%"),
+            conflict_handler="error" if command.name in commands.OWN else "resolve",
+        )
         if command.name == wanted:
             its.set_defaults(_run=command.configure(its))
     return parser

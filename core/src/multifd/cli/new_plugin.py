@@ -6,6 +6,7 @@ import argparse
 import json
 
 from multifd.cli.commands import Run
+from multifd.cli.output import emit
 
 
 def configure(parser: argparse.ArgumentParser) -> Run:
@@ -23,8 +24,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     path = skeleton.write(arguments.name, arguments.into, cffi=arguments.cffi)
     if arguments.json:
-        print(json.dumps({"name": arguments.name, "path": str(path)}))
+        emit(json.dumps({"name": arguments.name, "path": str(path)}))
         return 0
     where = str(path) if path.is_absolute() else f"./{path}"
-    print(f"wrote {path}: pip install {where}, then multifd conformance {arguments.name}")
+    emit(f"wrote {path}: pip install {where}, then multifd conformance {arguments.name}")
     return 0

@@ -63,6 +63,16 @@ def timeout_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def progress_option(parser: argparse.ArgumentParser) -> None:
+    """How often it is told how far it is."""
+    parser.add_argument(
+        "--progress",
+        type=seconds,
+        metavar="SECONDS",
+        help="say every so often how far it is, also where there is no terminal",
+    )
+
+
 def seconds(text: str) -> float:
     """A time."""
     value = float(text)

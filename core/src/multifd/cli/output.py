@@ -4,42 +4,56 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+import os
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from multifd.errors import counted
+from multifd.cli import lines
+from multifd.cli.lines import CLEARED
+from multifd.errors import counted, reason
+from multifd.jobs.report import EVERY
+from multifd.log import escaped, log
 
 if TYPE_CHECKING:
     from multifd.jobs.report import OnProgress, Progress, Result
 
 
 def say(text: str) -> None:
-    """One line."""
-    print(f"multifd: {text}".replace("\n", " "), file=sys.stderr, flush=True)
+    """One line on standard error."""
+    log.info(text)
 
 
-_warned: set[str] = set()
+def emit(*text: str) -> None:
+    """Lines of what a command is for, on standard output.  Raises HostError where they cannot be written."""
+    lines.stdout.write(text)
 
 
-def show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    """Each text once: many channels have the same to say."""
-    if str(message) not in _warned:
-        _warned.add(str(message))
-        say(f"warning: {message}")
+def emit_json(found: object) -> None:
+    """Likewise, for machines."""
+    emit(*json.dumps(found, indent=2).split("\n"))
+
+
+def tell(text: str) -> None:
+    """How something ended that has ended so whether anybody is told or not: one line on standard output."""
+    try:
+        lines.stdout.offer(f"{escaped(text)}\n".encode(errors="backslashreplace"))
+    except OSError as error:
+        why = "it is closed" if lines.stdout.closed else reason(error)
+        log.warning(f"standard output takes no more: {why}: {text}")
 
 
 def report(arguments: argparse.Namespace, verb: str, result: Result, more: dict[str, Any]) -> None:
     if arguments.json:
-        print(json.dumps(asdict(result) | more))
+        tell(json.dumps(asdict(result) | more))
         return
     rate = result.memory_bytes / max(result.seconds, 1e-9)
     pages = result.normal_pages + result.zero_pages
     channels = counted(result.channels, "channel")
     target = f" into {more['snapshot']}" if more else ""
-    print(
+    tell(
         f"{verb} {size_text(result.memory_bytes)} in {result.seconds:.2f} s ({size_text(rate)}/s){target}: {pages} "
         f"pages, {result.zero_pages} of them zero; {size_text(result.wire_bytes)} on the wire (ratio "
         f"{result.memory_bytes / max(result.wire_bytes, 1):.2f}), {channels}, {result.compressor}"
@@ -55,18 +69,20 @@ def ways(statistics: dict[str, int]) -> str:
 
 def print_table(table: Sequence[Sequence[str]], *, numbers: bool = False) -> None:
     """Columns two spaces apart; `numbers` are to the right, but for the first column."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for first, *line in table:
+    shown = [[escaped(cell) for cell in line] for line in table]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    for first, *line in shown:
         cells = [
             cell.rjust(width) if numbers else cell.ljust(width) for cell, width in zip(line, widths[1:], strict=True)
         ]
-        print("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+        emit("  ".join([first.ljust(widths[0]), *cells]).rstrip())
 
 
 def rewrite(text: str) -> None:
-    """One line on the terminal instead of what stood there."""
+    """One line on the terminal instead of what stood there, until there is a record."""
+    data = f"{CLEARED}{escaped(text)}".encode(errors="backslashreplace") if text else b""
     with suppress(OSError):  # who does not look on has gone
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+        lines.stderr.offer(data, unfinished=bool(text))
 
 
 def size_text(count: float) -> str:
@@ -79,24 +95,64 @@ def size_text(count: float) -> str:
 
 
 class ProgressLine:
-    """One line on the terminal, rewritten; `show` is None where there is no terminal."""
+    """How far a migration is: one line on the terminal, rewritten, or a record every so often where that is asked for.
 
-    def __init__(self) -> None:
-        self.show: OnProgress | None = self._show if sys.stderr.isatty() else None
+    `show` is None where neither is.
+    """
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._terminal = os.isatty(lines.stderr.fd) and arguments.log == "text"
+        self.show: OnProgress | None = self._show if self._terminal or arguments.progress else None
+        self._every: float = arguments.progress or EVERY
         self._last: Progress | None = None
+        self._shown = time.monotonic()
 
     def __enter__(self) -> ProgressLine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._last is not None:
+        self.clear()
+
+    def clear(self) -> None:
+        """The migration has ended."""
+        if self._last is not None and self._terminal:
             rewrite("")
+        self._last = None
 
     def _show(self, progress: Progress) -> None:
-        last = self._last
-        seconds = progress.seconds - last.seconds if last else progress.seconds
-        memory = progress.memory_bytes - last.memory_bytes if last else progress.memory_bytes
+        now = time.monotonic()
+        if now - self._shown < self._every - EVERY / 2:
+            return
+        self._shown = now
+        told = measured(progress, self._last)
         self._last = progress
-        ratio = progress.memory_bytes / max(progress.wire_bytes, 1)
-        left = max(progress.total_pages - progress.pages, 0)
-        rewrite(f"{size_text(max(memory, 0) / max(seconds, 1e-9))}/s, ratio {ratio:.2f}, {left} pages left")
+        left, percent = told["seconds_left"], told["percent"]
+        text = f"{size_text(told['bytes_per_second'])}/s, ratio {told['ratio']:.2f}"
+        text = text if percent is None else f"{percent:.0f} %, {text}"
+        text = text if left is None else f"{text}, {left:.0f} s left"
+        if self._terminal:
+            rewrite(text)
+        else:
+            log.info(f"progress: {text}", extra={"progress": told})
+
+
+def measured(progress: Progress, last: Progress | None) -> dict[str, Any]:
+    """What a machine reads of it: `percent` and `seconds_left` are None while they cannot be known.
+
+    A running guest writes pages that have gone already, and they go again: then there is more than once all of it, and
+    nobody knows how much more.
+    """
+    seconds = progress.seconds - (last.seconds if last else 0)
+    memory = progress.memory_bytes - (last.memory_bytes if last else 0)
+    rate = max(memory, 0) / max(seconds, 1e-9)
+    left = progress.total_pages - progress.pages
+    page_size = progress.memory_bytes / progress.pages if progress.pages else 0
+    known = progress.total_pages > 0 and left >= 0
+    return {
+        "percent": round(100 * progress.pages / progress.total_pages, 1) if known else None,
+        "seconds_left": round(left * page_size / rate, 1) if known and rate else None,
+        "bytes_per_second": round(rate),
+        "ratio": round(progress.memory_bytes / max(progress.wire_bytes, 1), 2),
+        "pages": progress.pages,
+        "total_pages": progress.total_pages,
+    }

@@ -10,6 +10,7 @@ from multifd.cli.options import (
     URI_HELP,
     observe_option,
     plugin_options,
+    progress_option,
     seconds,
     size,
     timeout_option,
@@ -24,6 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> Run:
     plugin_options(parser)
     observe_option(parser)
     timeout_option(parser)
+    progress_option(parser)
     parser.add_argument("uri", metavar="URI", help=f"{URI_HELP} to listen on (port 0: any), or recording:DIR")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="the snapshot to make; must not exist")
     parser.add_argument("--compressor", metavar="NAME", help="refuse packets of any other method")
@@ -55,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     from multifd.jobs.destination.receive import receive
     from multifd.net.deadline import DEFAULT_TIMEOUT
 
-    with ProgressLine() as line:
+    with ProgressLine(arguments) as line:
         result = receive(
             arguments.uri,
             arguments.output,

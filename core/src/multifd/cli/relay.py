@@ -14,11 +14,13 @@ from multifd.cli.options import (
     URI_HELP,
     observe_option,
     plugin_options,
+    progress_option,
     timeout_option,
     uuid,
 )
-from multifd.cli.output import say, size_text, ways
+from multifd.cli.output import ProgressLine, say, size_text, tell, ways
 from multifd.errors import MultifdError, counted
+from multifd.log import log
 
 #: Seconds: where a destination has everything, its word is passed on before a signal is obeyed.
 PATIENCE = 3.0
@@ -30,6 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> Run:
     plugin_options(parser)
     observe_option(parser)
     timeout_option(parser)
+    progress_option(parser)
     parser.add_argument("--listen", required=True, metavar="URI", help=f"where the source connects: {URI_HELP}")
     parser.add_argument("--connect", required=True, metavar="URI", help=f"where the destination listens: {URI_HELP}")
     parser.add_argument("--from", dest="source", metavar="NAME", help="refuse packets of any other method")
@@ -70,17 +73,18 @@ def run(arguments: argparse.Namespace) -> int:
     def show(outcome: Relayed | MultifdError) -> None:
         nonlocal failed
         failed = isinstance(outcome, MultifdError)
+        line.clear()
         if isinstance(outcome, MultifdError):
-            say(str(outcome))
+            log.error(str(outcome))
         elif arguments.json:
-            print(json.dumps(asdict(outcome)), flush=True)
+            tell(json.dumps(asdict(outcome)))
         else:
-            print(
+            tell(
                 f"relayed {outcome.normal_pages + outcome.zero_pages} pages, {outcome.zero_pages} of them zero, in "
                 f"{outcome.seconds:.2f} s: {outcome.source} {size_text(outcome.bytes_in)} in, {outcome.destination} "
                 f"{size_text(outcome.bytes_out)} out, {counted(outcome.channels, 'channel')}"
-                f"{ways(outcome.statistics)}{'' if outcome.confirmed else unconfirmed}",
-                flush=True,
+                f"{ways(outcome.statistics)}; VM {outcome.uuid}, {outcome.source_address} to "
+                f"{outcome.destination_address}{'' if outcome.confirmed else unconfirmed}"
             )
 
     with (
@@ -100,6 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
             timeout=arguments.timeout or DEFAULT_TIMEOUT,
             crew=arguments.crew,
         ) as relay,
+        ProgressLine(arguments) as line,
         ExitStack() as stack,
     ):
         if arguments.metrics:
@@ -108,5 +113,5 @@ def run(arguments: argparse.Namespace) -> int:
             say(f"metrics on {stack.enter_context(serving(arguments.metrics, relay.counters))}")
         say(f"listening on {relay.uri}")
         arguments.crew.patience = PATIENCE
-        relay.serve(show, migrations=arguments.migrations)
+        relay.serve(show, migrations=arguments.migrations, on_progress=line.show)
     return int(failed and arguments.migrations is not None)

@@ -11,6 +11,7 @@ from multifd.cli.options import (
     URI_HELP,
     observe_option,
     plugin_options,
+    progress_option,
     size,
     timeout_option,
     uuid,
@@ -25,6 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> Run:
     plugin_options(parser)
     observe_option(parser)
     timeout_option(parser)
+    progress_option(parser)
     parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
     parser.add_argument("uri", metavar="URI", help=f"where the destination listens: {URI_HELP}")
     parser.add_argument(
@@ -71,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.level is not None:
         compressor += f",level={arguments.level}"
     source = open_snapshot(arguments.source, block=arguments.block, page_size=arguments.page_size)
-    with ProgressLine() as line:
+    with ProgressLine(arguments) as line:
         result = send(
             source,
             arguments.uri,

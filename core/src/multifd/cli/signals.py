@@ -94,7 +94,7 @@ def leave_stuck(code: int, names: list[str]) -> None:
 
     def tell() -> None:
         say(f"{', '.join(sorted(set(names)))}: nothing wakes it (a plugin, a disk): left as it is")
-        with suppress(OSError):
+        with suppress(OSError, AttributeError):  # it may be full, or none
             sys.stdout.flush()
 
     telling = threading.Thread(target=tell, daemon=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 
 from multifd import hookspecs
@@ -10,6 +9,7 @@ from multifd.codec.hooks import Hooks
 from multifd.codec.settings import EFFORTS, Settings
 from multifd.errors import CompressorError, MultifdError, UsageError, describe
 from multifd.hookspecs import API_VERSION, Channel, Facts, OptionValue, Probe
+from multifd.log import log
 from multifd.wire.flags import METHODS, THIRD_PARTY_FLAGS
 
 
@@ -48,9 +48,7 @@ class Compressor(Hooks):
             self.call(f"multifd_{direction}_cleanup", channel=channel)
         except MultifdError as error:
             raised = (error.__cause__ if isinstance(error, CompressorError) else None) or error
-            warnings.warn(
-                f"{self}: multifd_{direction}_cleanup raised {describe(raised)}", RuntimeWarning, stacklevel=1
-            )
+            log.warning(f"{self}: multifd_{direction}_cleanup raised {describe(raised)}")
 
     def _check_facts(self, facts: object) -> Facts:
         if not isinstance(facts, Facts):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +16,7 @@ from multifd.codec.compressor import Compressor
 from multifd.codec.hooks import HOOK_ERRORS
 from multifd.errors import CallerError, CompressorError, UsageError, describe
 from multifd.hookspecs import COMMAND_GROUP, ENTRY_POINT_GROUP, OBSERVER_GROUP
+from multifd.log import log
 
 #: Names what is to be left out, parted by commas: a distribution, or else a plugin.  Children inherit it.
 DISABLE = "MULTIFD_DISABLE"
@@ -114,7 +114,7 @@ def disable(given: Sequence[str]) -> None:
     known = {_normal(each.name) for each in found} | {_normal(each.dist.name) for each in found if each.dist}
     for name in given:
         if _normal(name) not in known:
-            warnings.warn(f"--disable {name}: nothing that is installed has this name", RuntimeWarning, stacklevel=2)
+            log.warning(f"--disable {name}: nothing that is installed has this name")
     os.environ[DISABLE] = ",".join(filter(None, (os.environ.get(DISABLE, ""), *given)))
 
 

@@ -12,6 +12,7 @@ from multifd.codec.selection import distributions, load, names, names_of_method,
 from multifd.codec.settings import RESERVED, Settings, Spec
 from multifd.errors import CompressorError, HostError, PeerError
 from multifd.hookspecs import ENTRY_POINT_GROUP
+from multifd.log import log
 from multifd.wire.flags import METHODS, method_name
 
 
@@ -87,6 +88,7 @@ class Readers:
         with self._lock:
             if flag not in self._loaded:
                 self._loaded[flag] = select_for_flag(flag)
+                log.debug(f"packets of {method_name(flag)} are read by {self._loaded[flag][0]}, the best for it here")
             return self._loaded[flag]
 
     @property

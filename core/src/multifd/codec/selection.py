@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from functools import cache
 
@@ -11,6 +10,7 @@ from multifd.codec.discovery import load_plugin, provider_of, providers
 from multifd.codec.settings import RESERVED, Settings, Spec
 from multifd.errors import HostError, UsageError
 from multifd.hookspecs import ENTRY_POINT_GROUP, Probe
+from multifd.log import log
 
 
 @cache
@@ -71,7 +71,7 @@ def select(spec: Spec, *, sending: bool) -> tuple[Compressor, Settings]:
     if not probe.available:
         raise HostError(f"{compressor} is not available: {why_not(probe)}")
     if probe.reason:
-        warnings.warn(f"{spec.name} works in software: {why_not(probe)}", RuntimeWarning, stacklevel=2)
+        log.warning(f"{spec.name} works in software: {why_not(probe)}")
     return compressor, settings
 
 

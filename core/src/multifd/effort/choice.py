@@ -106,6 +106,13 @@ class Choice:
             raise HostError(f"{ADAPTIVE}: no compressor that the peer accepts works here")
         return cls(ADAPTIVE, ways)
 
+    def __str__(self) -> str:
+        """All of them, with whom they are from."""
+        levels: dict[str, list[str]] = {}
+        for compressor, settings in self.ways:
+            levels.setdefault(str(compressor), []).extend([] if settings.level is None else [str(settings.level)])
+        return "; ".join(f"{who}{', level ' if levels else ''}{' or '.join(levels)}" for who, levels in levels.items())
+
     @property
     def method(self) -> str:
         """The method that packets have, or this choice's name where they have several."""

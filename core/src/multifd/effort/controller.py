@@ -29,6 +29,7 @@ from multifd.codec.measure import measure
 from multifd.codec.settings import Settings
 from multifd.effort.choice import Choice
 from multifd.effort.sampling import SAMPLE, looks_random, sample
+from multifd.log import log
 
 #: Seconds between two looks at the link, and at the memory.  Storing fills a slow link's buffers, which costs as much
 #: time as it is long.
@@ -73,6 +74,10 @@ class Rung:
     settings: Settings
     seconds: float = 0.0
     ratio: float = 1.0
+
+    def __str__(self) -> str:
+        level = self.settings.level
+        return self.compressor.name if level is None else f"{self.compressor.name} level {level}"
 
 
 @dataclass(slots=True)
@@ -187,6 +192,7 @@ class Effort:
                 interval.own_payload += payload
                 interval.own_encode += encode
             enough = interval.packets >= self._channels or rung is self._store
+            change = ""
             long = self._skip or (STORE_INTERVAL if rung is self._store else INTERVAL)
             elapsed = now - interval.started - interval.idle / self._channels
             if elapsed >= long and enough and self._samples and not self._settled:
@@ -196,8 +202,10 @@ class Effort:
                     self._lately.append((interval.payload / elapsed, 0.0))
                 else:
                     self._look(now, elapsed, interval)
-                self._decide(now)
+                change = self._decide(now)
                 self._interval = _Interval(now)
+        if change:  # whoever reads that may be slow
+            log.debug(change)
 
     def idle(self, seconds: float) -> None:
         """A channel had packets without payload for so long, which are the same to every compressor."""
@@ -250,17 +258,25 @@ class Effort:
             self._seen.clear()  # another link, or another destination
         self._seen[current] = _Seen(share, now + self._patience)
 
-    def _decide(self, now: float) -> None:
+    def _decide(self, now: float) -> str:
+        """In words, where it is another rung."""
+        change = ""
         current = self._now
         promises = {rung: self._promise(rung) * self._kept(rung, now) for rung in self.rungs}
         best = max(promises, key=lambda rung: promises[rung])
         gain = STORE_GAIN if current is self._store else GAIN
         if best is not current and promises[best] >= gain * promises[current]:
             self._now = best
+            link = "nobody knows how much" if self._link == math.inf else f"{self._link / 1e6:.0f} MB/s"
+            change = (
+                f"{best} promises {promises[best] / 1e6:.0f} MB/s of pages, {current} {promises[current] / 1e6:.0f}, "
+                f"and the link carries {link}: from now on {best}"
+            )
             self._skip = max(STORE_INTERVAL, min(INTERVAL, self._channels * UNDERWAY / self._link))
             self._lately = deque(((wire, 0.0) for wire, _ in self._lately), STORE_LATELY)
         # Before that, the lightest was tried: nobody had used the link up.
         self._settled = self._once and self._link != math.inf
+        return change
 
     def _kept(self, rung: Rung, now: float) -> float:
         seen = self._seen.get(rung)

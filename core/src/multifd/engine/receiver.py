@@ -7,7 +7,6 @@ the memory.  Everything of a packet is checked before a byte of memory is.
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -20,6 +19,7 @@ from multifd.crew import Crew
 from multifd.engine.decoder import Decoder
 from multifd.engine.headers import read_packet
 from multifd.errors import Cancelled, MultifdError
+from multifd.log import log
 from multifd.memory.buffer import packet_buffer
 from multifd.memory.runs import runs
 from multifd.net.connection import Connection, Ended
@@ -153,7 +153,7 @@ class RecvChannels:
                     self._silence.check(late, awaited=True)
                 self._crew.check()
             if odd := self._numbers.sync_point([channel.rounds.popleft() for channel in self._channels]):
-                warnings.warn(odd, RuntimeWarning, stacklevel=2)
+                log.warning(odd)
             between()
             self._passed = number
             self._silence.awaited = False

@@ -13,7 +13,6 @@ import ctypes
 import os
 import random
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +23,7 @@ from multifd.errors import CompressorError, HostError
 from multifd.formats.deflate import PROVIDER, VERSION
 from multifd.formats.pagelist import LEVELS, Codec, Job, Software, decode, encode, receive_buffer
 from multifd.hookspecs import Channel, Facts, Option, OptionValue, Probe, hookimpl
+from multifd.log import log
 from multifd.wire.flags import DEFAULT_PAGE_SIZE
 from multifd.wire.packet import Buffer
 
@@ -247,11 +247,9 @@ class _DeviceCodec:
         self.failures += 1
         if self.failures == PATIENCE:
             self.close()
-            warnings.warn(
+            log.warning(
                 f"{self.name}: the device failed {PATIENCE} packets in a row, the last with {error}: "
-                "the channel goes on in software",
-                RuntimeWarning,
-                stacklevel=2,
+                "the channel goes on in software"
             )
 
 
@@ -302,7 +300,7 @@ class DeviceCompressor:
             if not fallback:
                 raise CompressorError(f"{error}; {FALLBACK}=off forbids software") from error
             told = f"{self._facts.name} works in software: {error}; {self._vendor.advice}"
-            warnings.warn(told, RuntimeWarning, stacklevel=2)
+            log.warning(told)
         buffer = memoryview(b"") if compressing else receive_buffer()
         channel.compress_data = _DeviceCodec(
             self._facts.name, self._software, session, fallback, channel.counts, buffer

@@ -40,6 +40,8 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
+#: Seconds from one call of it to the next.
+EVERY = 0.5
 
 DEFAULT_CHANNELS = 2
 MAX_CHANNELS = 255

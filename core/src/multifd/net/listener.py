@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import socket
 import stat
-import warnings
 from contextlib import ExitStack, suppress
 from functools import partial
 
 from multifd.crew import undone
 from multifd.errors import CallerError, os_errors, reason
+from multifd.log import log
 from multifd.net.deadline import Silence
 from multifd.net.lookup import look_up
 from multifd.net.socket import SocketConnection, Wrap
@@ -65,10 +65,16 @@ class Listener:
             if not self._warned:
                 self._warned = True
                 text = f"{self.uri} cannot take a connection and goes on trying: {reason(error)}"
-                warnings.warn(text, RuntimeWarning, stacklevel=2)
+                log.warning(text)
             return None
-        peer = f"the connection from {address[0]}:{address[1]}" if isinstance(address, tuple) else "a connection"
-        return self._wrap(sock, peer, silence)
+        if self.uri.scheme == "unix":
+            connection = self._wrap(sock, "a connection", silence)
+            connection.address = str(self.uri)
+        else:
+            peer = str(Uri("tcp", host=address[0], port=address[1]))
+            connection = self._wrap(sock, f"the connection from {peer.removeprefix('tcp:')}", silence)
+            connection.address = peer
+        return connection
 
     def close(self) -> None:
         """Safe to call twice; removes a Unix socket's file."""

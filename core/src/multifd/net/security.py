@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 from multifd.errors import UsageError
+from multifd.log import log
 from multifd.net.socket import SocketConnection, Wrap
 from multifd.net.uri import Uri
 
@@ -34,8 +34,6 @@ def warn_exposed(connection: SocketConnection) -> None:
     """Guest memory on the network for everybody to read: say so."""
     if connection.exposed():
         host = connection.name.removeprefix("the connection from ").removeprefix("tcp:").rpartition(":")[0]
-        warnings.warn(
-            f"the guest's memory passes unencrypted between this machine and {host}: use TLS, or trust the network",
-            RuntimeWarning,
-            stacklevel=2,
+        log.warning(
+            f"the guest's memory passes unencrypted between this machine and {host}: use TLS, or trust the network"
         )

@@ -31,6 +31,8 @@ class SocketConnection:
 
     def __init__(self, sock: socket.socket, name: str, silence: Silence) -> None:
         self.name = name
+        #: The other side's, of one that was accepted: a URI; a Unix socket's is where it connected to.
+        self.address = ""
         self.bytes_read = 0
         self.bytes_written = 0
         self._socket = sock

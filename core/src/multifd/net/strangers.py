@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter, deque
-from contextlib import suppress
 
+from multifd.log import log
 from multifd.wire.flags import MULTIFD_MAGIC, VM_FILE_MAGIC
 from multifd.wire.packet import MAGIC, Buffer
 
@@ -33,13 +32,13 @@ class Strangers:
     def tell(self) -> None:
         """Those of a new kind."""
         while self._untold:
-            _warn(self._untold.popleft())
+            log.warning(self._untold.popleft())
 
     def tell_all(self) -> None:
         """And how many others there were."""
         self.tell()
         if again := sum(self._count.values()) - len(self._count):
-            _warn(f"{again} more connections were ignored, of the kinds told before")
+            log.warning(f"{again} more connections were ignored, of the kinds told before")
 
 
 def foreign(data: Buffer) -> str:
@@ -50,9 +49,3 @@ def foreign(data: Buffer) -> str:
         f"begins with {magic:#010x}, neither a migration ({VM_FILE_MAGIC:#010x}) nor a multifd channel "
         f"({MULTIFD_MAGIC:#010x}){tls}"
     )
-
-
-def _warn(text: str) -> None:
-    """A stranger ends nothing, also where warnings are errors."""
-    with suppress(RuntimeWarning):
-        warnings.warn(text, RuntimeWarning, stacklevel=3)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
@@ -12,6 +11,7 @@ from multifd.codec.discovery import load_plugin, provider_of, providers
 from multifd.codec.hooks import HOOK_ERRORS, Hooks
 from multifd.errors import CallerError, HostError, MultifdError, UsageError, describe, os_errors
 from multifd.hookspecs import OBSERVER_GROUP
+from multifd.log import log
 from multifd.net.connection import Connection
 from multifd.observe import hooks
 from multifd.observe.hooks import ObservedChannel, Times
@@ -109,4 +109,4 @@ class Observers:
                 first = not observer.dropped
                 observer.dropped = True
             if first:
-                warnings.warn(f"{observer.title} is dropped: {error}", RuntimeWarning, stacklevel=2)
+                log.warning(f"{observer.title} is dropped: {error}")

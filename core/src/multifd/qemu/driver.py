@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Self
@@ -11,6 +10,7 @@ from uuid import UUID
 
 from multifd.crew import Crew
 from multifd.errors import MultifdError, PeerError
+from multifd.log import log
 from multifd.net.connection import Ended, Stalled
 from multifd.qemu.monitor import BRIEF, Monitor, of
 from multifd.qemu.settings import OFF, Settings, read_capabilities
@@ -130,7 +130,7 @@ class _Side:
     def _warn(self, text: str) -> None:
         if text not in self._named:
             self._named.add(text)
-            warnings.warn(text, RuntimeWarning, stacklevel=2)
+            log.warning(text)
 
     def explain(self, error: MultifdError) -> MultifdError:
         """An error of ours, with what QEMU has to say about it."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from multifd.errors import MultifdError
+from multifd.log import log
 from multifd.net.connection import Ended, Lost, Stalled
 from multifd.qemu.monitor import Monitor, of
 
@@ -30,6 +30,9 @@ class Settings:
         self._parameters = {
             name: current[name] for name, value in parameters.items() if current.get(name, value) != value
         }
+        changes = [f"{name} {'on' if state else 'off'}" for name, state in wanted.items()]
+        changes += [f"{name} {parameters[name]} (was {was})" for name, was in self._parameters.items()]
+        log.debug(f"{monitor.name}: {', '.join(changes) or 'nothing'} is changed until the end, so that it fits")
         try:
             self._set(wanted, dict(parameters))
         except BaseException:
@@ -56,7 +59,7 @@ class Settings:
                 # One that does not answer is not asked, and waited for, again.
                 refused = left if isinstance(error, Stalled) else left[:1]
                 names = ", ".join(name for settings in refused for kind in settings for name in kind)
-                warnings.warn(f"not put back as it was: {names}: {error}", RuntimeWarning, stacklevel=2)
+                log.warning(f"not put back as it was: {names}: {error}")
                 del left[: len(refused)]
             else:
                 del left[0]

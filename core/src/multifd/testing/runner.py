@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from multifd.codec.settings import Spec
+from multifd.log import log
 from multifd.testing.checks import Check
 from multifd.testing.harness import Broken, NotAsked, NotRun, Subject, describe, texts
 
@@ -93,6 +94,7 @@ def _child(spec: Spec, check: Check, write_end: int) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends it where it hangs, inside a library too
     signal.alarm(TIMEOUT)
     warnings.simplefilter("ignore")
+    log.disabled = True
     os.dup2(2, 1)
     try:
         found = {"result": PASSED}

@@ -12,9 +12,9 @@ libqatzip copies to and from pinned memory of its own, 4.5 MB for each compressi
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -27,6 +27,8 @@ from multifd_qatzip import devices, library, software
 from multifd_qatzip.library import DeviceError, Library, Session
 from multifd_qatzip.members import MEMBER_MOST, MEMBER_SIZE, device_takes
 from multifd_qatzip.trial import Trial, trial
+
+log = logging.getLogger("multifd")
 
 T = TypeVar("T")
 
@@ -126,7 +128,7 @@ class _Codec:
     def give_up(self, why: str) -> None:
         """Ask the device no more: each failure costs time, and without a device a pthread key."""
         self.close()
-        warnings.warn(f"qatzip: {why}: the channel goes on in software", RuntimeWarning, stacklevel=2)
+        log.warning(f"qatzip: {why}: the channel goes on in software")
 
     def close(self) -> None:
         session, self.session = self.session, None
@@ -183,7 +185,7 @@ def _open(channel: Channel, direction: int, level: int | None, size: int) -> _Co
             codec.give_up(f"the QAT device works, but not for this process: {error}")
         else:  # in the words of the probe, whom a receiver that was told no name did not hear
             reason, advice = _why_not(found, tried)
-            warnings.warn(f"qatzip works in software: {reason}; {advice}", RuntimeWarning, stacklevel=2)
+            log.warning(f"qatzip works in software: {reason}; {advice}")
     return codec
 
 

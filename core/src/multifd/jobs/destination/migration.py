@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from multifd.errors import MultifdError, PeerError
 from multifd.jobs.destination.connections import Party
 from multifd.jobs.destination.verdict import SUCCESSES, Saw, State, after, seen, told
 from multifd.jobs.report import Progress, Result
+from multifd.log import log
 from multifd.memory.runs import runs
 from multifd.net.connection import MAIN_READ, Connection, Ended, Lost
 from multifd.net.deadline import Silence
@@ -145,7 +145,7 @@ class Migration:
             with doing(f"the digests of {self._path}, which is complete without them"):
                 self._snapshot.add_digests()
         except MultifdError as error:
-            warnings.warn(f"the snapshot is complete, but has no digests: {error}", RuntimeWarning, stacklevel=2)
+            log.warning(f"the snapshot is complete, but has no digests: {error}")
 
     @property
     def unfinished(self) -> bool:
@@ -253,6 +253,7 @@ class Migration:
         for file in snapshot.blocks.values():
             self._check_pages(file)
         self._saw(Saw.ACCOUNTED)
+        log.debug(f"the source has a sync point per {self._parser.sync}: the snapshot is sent so, too")
         counts = Counts.total([channels.counts, self._on_main])
 
         def result() -> Result:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +13,9 @@ from multifd.crew import Crew
 from multifd.errors import Cancelled, MultifdError, PeerError, UsageError
 from multifd.jobs.destination.connections import meet, recorded
 from multifd.jobs.destination.migration import Migration
-from multifd.jobs.report import DEFAULT_CHANNELS, OnProgress, Result, check_channels
+from multifd.jobs.report import DEFAULT_CHANNELS, EVERY, OnProgress, Result, check_channels
 from multifd.jobs.verdict import ENDED_EARLY
+from multifd.log import log
 from multifd.net.deadline import DEFAULT_TIMEOUT, FOREVER, Silence
 from multifd.net.door import Door
 from multifd.net.listener import Listener
@@ -134,7 +134,7 @@ def receive(
                 door.close()
             observed.enter_context(observers.migration(IN))
             if on_progress is not None:
-                cleanup.enter_context(crew.every(0.5, lambda: on_progress(job.progress())))
+                cleanup.enter_context(crew.every(EVERY, lambda: on_progress(job.progress())))
             result = crew.run("receive", partial(job.run, party))
         except BaseException as error:
             ended = job.ended(crew.fail(error))
@@ -155,8 +155,7 @@ def receive(
 def _watch(driver: Source, silence: Silence, job: Migration) -> None:
     """Say whom QEMU waits for, where nothing has come for a while.  Raises PeerError where it never will."""
     if silence.lasted(WAITS):
-        with suppress(RuntimeWarning):  # also where warnings are errors
-            driver.name_wait()
+        driver.name_wait()
         if job.unfinished and driver.given_up():
             raise PeerError(ENDED_EARLY)
 
@@ -170,4 +169,4 @@ def _leave(driver: Source, then: str) -> None:
         text = f"the snapshot is complete, but not all is well at the source: {error}"
         if then != "stop":
             raise PeerError(f"{text}; its guest did not {then}") from error
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        log.warning(text)

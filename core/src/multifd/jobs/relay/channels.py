@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
 from multifd.errors import PeerError
 from multifd.jobs.relay.channel import Channel
+from multifd.log import log
 from multifd.net.connection import Ended
 from multifd.net.deadline import Silence
 from multifd.wire.numbers import Missing, Numbers
@@ -94,7 +94,7 @@ class Channels:
     def _judge(self, numbers: Numbers) -> None:
         for rounds in zip(*(channel.rounds for channel in self.running.values()), strict=False):
             if odd := numbers.sync_point(rounds):
-                warnings.warn(odd, RuntimeWarning, stacklevel=2)
+                log.warning(odd)
 
     def account(self, points: int, page_size: int, main_complete: Callable[[], None], over: Callable[[], bool]) -> None:
         """The main channel is complete, with so many sync points: wait until all else has passed, too.

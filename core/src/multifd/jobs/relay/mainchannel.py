@@ -11,7 +11,7 @@ from multifd.net.security import warn_exposed
 from multifd.net.socket import SocketConnection
 from multifd.observe.hooks import BACK, IN, OUT
 from multifd.observe.observers import Observers
-from multifd.wire.events import BlockList, CommandReceived, Configuration, Event, SyncPoint
+from multifd.wire.events import BlockList, CommandReceived, Configuration, Event, SyncPoint, ZeroPages
 from multifd.wire.flags import Command
 from multifd.wire.layout import COMMAND_HEAD
 from multifd.wire.mainchannel import Parser
@@ -24,8 +24,9 @@ COMMAND_SIZE = 1 + COMMAND_HEAD.size
 class MainChannel:
     """What passed on it so far; one thread passes on, another passes back, and all of it is guarded by `changed`.
 
-    `return_path` says that the destination is to answer; `sync_points` are those that the source has sent; `ended` that
-    it has ended its stream without VM description, where it may.
+    `return_path` says that the destination is to answer; `sync_points` are those that the source has sent, `zero_pages`
+    the pages that it named here; `memory_bytes` are the RAM blocks' lengths; `ended` says that it has ended its stream
+    without VM description, where it may.
     """
 
     def __init__(self, changed: threading.Condition, observers: Observers, *, drop_switchover_start: bool) -> None:
@@ -33,6 +34,8 @@ class MainChannel:
         self.return_path = False
         self.blocks_known = False
         self.sync_points = 0
+        self.memory_bytes = 0
+        self.zero_pages = 0
         self.ended = False
         self._changed = changed
         self._observers = observers
@@ -156,7 +159,10 @@ class MainChannel:
                     self.return_path = True
                 case SyncPoint():
                     self.sync_points += 1
-                case BlockList():
+                case ZeroPages(offsets=offsets):
+                    self.zero_pages += len(offsets)
+                case BlockList(blocks=blocks):
+                    self.memory_bytes = sum(block.used_length for block in blocks)
                     # A source sends no page before; now the page size is known.
                     self.blocks_known = True
                     self._changed.notify_all()

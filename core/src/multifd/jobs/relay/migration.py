@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from uuid import UUID
 
 from multifd.crew import Crew
 from multifd.effort.controller import Effort
@@ -16,11 +16,12 @@ from multifd.jobs.relay.channel import Channel
 from multifd.jobs.relay.channels import Channels
 from multifd.jobs.relay.counters import Sample
 from multifd.jobs.relay.mainchannel import MainChannel
-from multifd.jobs.relay.outcome import Relayed
+from multifd.jobs.relay.outcome import Relayed, progress
 from multifd.jobs.relay.passing import Passing
 from multifd.jobs.relay.plan import Plan
 from multifd.jobs.relay.recoding import Recoding
 from multifd.jobs.relay.verdict import FINAL, SUCCESSES, Saw, State, after, fitting, seen, told
+from multifd.jobs.report import EVERY, OnProgress
 from multifd.jobs.verdict import LAST_WORD
 from multifd.net.caller import EARLY, Caller, by_vm, likeliest
 from multifd.net.connect import connect
@@ -29,9 +30,7 @@ from multifd.net.deadline import LETTING_GO, Silence
 from multifd.net.socket import SocketConnection, await_closing
 from multifd.net.wake import Wake
 from multifd.observe.hooks import IN, OUT
-from multifd.wire.counts import Counts
 from multifd.wire.events import BlockList, Event, PageData, RamEnd, SyncPoint
-from multifd.wire.flags import method_name
 from multifd.wire.packet import InitPacket
 
 GONE = "the destination closed the connection"
@@ -51,6 +50,7 @@ class Migration:
         self._main_complete = Wake()
         self._changed = changed
         self.crew = Crew(changed)
+        self.crew.about = self.about
         self.crew.on_end(self._silence.cancel)
         # Guarded by the condition:
         self._state = State.WAITING
@@ -73,6 +73,11 @@ class Migration:
     def over(self) -> bool:
         """Whether it has ended, or was told to."""
         return self._stopped or self._state in FINAL
+
+    def about(self) -> dict[str, str]:
+        """Which one it is, for `multifd.log`."""
+        uuid = "" if self._channels.uuid is None else str(UUID(bytes=self._channels.uuid))
+        return {"uuid": uuid, "source": self._source.address, "destination": str(self._plan.target)}
 
     @property
     def ended_early(self) -> bool:
@@ -112,9 +117,19 @@ class Migration:
             return list(max(by_vm(later).values(), key=len, default={}).values())
         return likeliest(self._caller, channels)
 
-    def begin(self) -> None:
-        """Serve its main channel."""
+    def begin(self, on_progress: OnProgress | None) -> None:
+        """Serve its main channel; `on_progress` is told from time to time how far it is."""
+        if on_progress is not None:
+            self._spawn("progress", lambda: self._tell(on_progress))
         self._spawn("main channel", self._relay_main)
+
+    def _tell(self, on_progress: OnProgress) -> None:
+        while True:
+            with self._changed:
+                if self._changed.wait_for(lambda: self.over or self.crew.over, EVERY):
+                    return
+            channels = list(self._channels.running.values())
+            on_progress(progress(time.monotonic() - self._started, self._main, self._destination, channels))
 
     def take(self, channel: Caller) -> bool:
         """One of its channels; False where it is none of them."""
@@ -230,8 +245,6 @@ class Migration:
         self.crew.on_end(connection.interrupt)
         return connection
 
-    # --- what passes ---
-
     def _relay_main(self) -> None:
         source = self._source
         failure = self._caller.failure
@@ -310,8 +323,6 @@ class Migration:
             self._channels.account(main.sync_points, main.page_size, wake.set, lambda: self.over)
         self._saw(Saw.ACCOUNTED)
 
-    # --- how it ends ---
-
     def _pass_back(self, destination: SocketConnection, source: SocketConnection) -> None:
         """Also finds out what the destination's end means."""
         try:
@@ -377,23 +388,13 @@ class Migration:
         return found
 
     def _result(self) -> Relayed:
-        channels = list(self._channels.running.values())
         assert self._destination is not None
-        counts = Counts.total(channel.counts for channel in channels)
-        statistics = Counter(self._effort.used if self._effort is not None else {})
-        for channel in channels:
-            statistics.update(channel.statistics)
-        came = "+".join(map(method_name, sorted(self._channels.methods))) or "none"
-        return Relayed(
-            seconds=round(time.monotonic() - self._started, 6),
-            bytes_in=self._source.bytes_read + sum(channel.source.bytes_read for channel in channels),
-            bytes_out=self._destination.bytes_written + sum(channel.destination.bytes_written for channel in channels),
-            packets=counts.packets,
-            normal_pages=counts.normal_pages,
-            zero_pages=counts.zero_pages,
-            channels=len(channels),
-            source=came,
-            destination=self._plan.to.name if self._plan.to is not None else came,
+        return Relayed.of(
+            time.monotonic() - self._started,
+            (self._source, self._destination),
+            list(self._channels.running.values()),
+            self.about(),
+            to=self._plan.to.name if self._plan.to is not None else None,
+            used=self._effort.used if self._effort is not None else {},
             confirmed=self._state is State.CONFIRMED,
-            statistics=dict(statistics),
         )

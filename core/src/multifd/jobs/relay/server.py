@@ -29,6 +29,8 @@ from multifd.jobs.relay.counters import Sample, added
 from multifd.jobs.relay.migration import Migration
 from multifd.jobs.relay.outcome import Relayed
 from multifd.jobs.relay.plan import Plan
+from multifd.jobs.report import OnProgress
+from multifd.log import about, log
 from multifd.net import parting
 from multifd.net.caller import Caller
 from multifd.net.deadline import DEFAULT_TIMEOUT, Silence
@@ -95,6 +97,7 @@ class Relay:
         choice = None
         if to is not None and (to != source or to in RESERVED or find_zero_pages):
             choice = Choice.parse(to, bytes)
+        log.debug(f"payloads are written by {choice}" if choice is not None else "payloads pass as they are")
         wrap = connecting_wrap(connect_tls_creds, connect_tls_hostname, target)
         readers = Readers.parse(source)
         observers = Observers(observe)
@@ -135,8 +138,17 @@ class Relay:
                 now = added(now, current.counters())
         return {Sample("active", ()): float(current is not None), **now}
 
-    def serve(self, on_end: Callable[[Relayed | MultifdError], None], *, migrations: int | None = None) -> None:
-        """Serve until `stop`, or so many migrations; `on_end` is told how each came out.  Once only."""
+    def serve(
+        self,
+        on_end: Callable[[Relayed | MultifdError], None],
+        *,
+        migrations: int | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> None:
+        """Serve until `stop`, or so many migrations; `on_end` is told how each came out.  Once only.
+
+        `on_progress` is told twice a second how far the one under way is; what it raises fails that.
+        """
         door = Door(self._listener, self._plan.timeout, self._crew)
         self._serves = True
         served = 0
@@ -146,9 +158,10 @@ class Relay:
                 with self._changed:
                     self._crew.wait_for(lambda: door.mains)
                     migration = self._current = self._next(door)
-                outcome = self._outcome(door, migration)
-                if not isinstance(outcome, Cancelled):
-                    on_end(outcome)
+                with about(migration.about):
+                    outcome = self._outcome(door, migration, on_progress)
+                    if not isinstance(outcome, Cancelled):
+                        on_end(outcome)
                 served += 1
         except Cancelled:
             pass
@@ -166,11 +179,11 @@ class Relay:
             main.connection.close()
             raise
 
-    def _outcome(self, door: Door, migration: Migration) -> Relayed | MultifdError:
+    def _outcome(self, door: Door, migration: Migration, on_progress: OnProgress | None) -> Relayed | MultifdError:
         """Serve one to its end."""
         outcome: Relayed | MultifdError
         try:
-            migration.begin()
+            migration.begin(on_progress)
             self._attend(door, migration)
         finally:
             migration.stop()

@@ -13,8 +13,9 @@ from multifd.crew import Crew
 from multifd.effort.choice import Choice
 from multifd.engine.sender import ZERO_PAGES
 from multifd.errors import Cancelled, MultifdError, UsageError
-from multifd.jobs.report import DEFAULT_CHANNELS, OnProgress, Result, check_channels
+from multifd.jobs.report import DEFAULT_CHANNELS, EVERY, OnProgress, Result, check_channels
 from multifd.jobs.source.migration import Migration
+from multifd.log import log
 from multifd.memory.buffer import packet_buffer
 from multifd.memory.zeropages import part
 from multifd.net.connect import connect
@@ -75,12 +76,14 @@ def send(
     if not isinstance(source, Snapshot):
         source = open_snapshot(source)
     page_size = source.page_size
-    zero_pages = zero_pages or ("legacy" if source.configuration is not None else "multifd")
+    zero_pages, asked = zero_pages or ("legacy" if source.configuration is not None else "multifd"), zero_pages
     sync = sync or source.sync
     if zero_pages not in ZERO_PAGES or sync not in SYNC_MODES:
         raise UsageError(f"zero_pages {zero_pages!r} or sync {sync!r} is none of {ZERO_PAGES}, {SYNC_MODES}")
     wrap = connecting_wrap(tls_creds, tls_hostname, target)
     choice = Choice.parse(compressor, partial(_sample, source), page_size)
+    why = "as asked" if asked else "right for every destination" if zero_pages == "legacy" else "an image's default"
+    log.debug(f"compressor {choice}; zero pages {zero_pages}: {why}; a sync point per {sync}")
     if qmp is not None and len(choice.flags) > 1:
         raise UsageError(
             f"QEMU takes packets of one method: {ADAPTIVE} is between multifd's own ends; name a compressor"
@@ -106,7 +109,7 @@ def send(
         cleanup.callback(job.close)
         cleanup.callback(crew.join)
         if on_progress is not None:
-            cleanup.enter_context(crew.every(0.5, lambda: on_progress(job.progress())))
+            cleanup.enter_context(crew.every(EVERY, lambda: on_progress(job.progress())))
         try:
             result = crew.run("send", job.run)
             if driver is not None:
