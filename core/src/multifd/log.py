@@ -1,7 +1,8 @@
 """What multifd says while it works: the logger `multifd`, one record one line.
 
 Warnings are what goes on all the same but should be known; DEBUG says what was decided, and why.  Each record has
-`uuid`, `source` and `destination`, the migration that it is of, empty where only one can be meant: a relay serves many.  So a formatter may say `%(uuid)s %(message)s`.
+`uuid`, `source` and `destination`, the migration that it is of, empty where only one can be meant: a relay serves many.
+So a formatter may say `%(uuid)s %(message)s`.
 """
 
 from __future__ import annotations
