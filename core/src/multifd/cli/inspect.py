@@ -27,9 +27,13 @@ def run(arguments: argparse.Namespace) -> int:
         if key == "blocks":
             for block in value:
                 digest = block.get("sha256")
-                print(
-                    f"{'block':<19}{block['idstr']}: {block['used_length']} bytes" + (f", {digest}" if digest else "")
-                )
+                text = f"{block['idstr']}: {block['used_length']} bytes" + (f", {digest}" if digest else "")
+                print(f"{'block':<19}{_visible(text)}")
         elif value is not None:
-            print(f"{key.replace('_', ' '):<19}{value}")
+            print(f"{key.replace('_', ' '):<19}{_visible(value)}")
     return 0
+
+
+def _visible(value: object) -> str:
+    """What somebody else wrote, as letters that do nothing to a terminal."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(value))

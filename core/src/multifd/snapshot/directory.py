@@ -1,0 +1,167 @@
+"""A snapshot's directory, held open: its files are regular ones, opened below it and through no link."""
+
+from __future__ import annotations
+
+import grp
+import os
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from multifd.errors import CallerError, os_errors
+from multifd.wire.packet import Buffer
+
+#: What a file is that is no regular one, in words.
+_KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
+    (stat.S_ISLNK, "a link"),
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who may read a snapshot besides its owner: a group of the system, by its number, or nobody."""
+
+    group: int | None = None
+
+    @classmethod
+    def of(cls, group: str | int | None) -> Access:
+        """By the group's name or number.  Raises CallerError where there is none of this name."""
+        if isinstance(group, str) and not (group.isdecimal() and group.isascii()):
+            try:
+                group = grp.getgrnam(group).gr_gid
+            except (KeyError, ValueError):
+                raise CallerError(f"there is no group {group!r} here: `getent group` lists them") from None
+        number = None if group is None else int(group)
+        if number is not None and not 0 <= number < 1 << 32:
+            raise CallerError(f"{number} is no group's number")
+        return cls(number)
+
+    def __str__(self) -> str:
+        return "its owner" if self.group is None else f"group {self.group}"
+
+    def give(self, fd: int, mode: int) -> None:
+        """The owner has `mode`, whatever the umask; the group may read, and others nothing.  Raises OSError."""
+        if self.group is not None:
+            os.fchown(fd, -1, self.group)
+            mode |= (mode & 0o500) >> 3
+        os.fchmod(fd, mode)
+
+
+class Directory:
+    """A directory, open until it is closed or forgotten; renamed meanwhile, it is the same one."""
+
+    def __init__(self, path: Path, access: Access | None = None) -> None:
+        """`path` is for messages, too; `access` is for what is made here.  Raises OSError."""
+        self.path = path
+        self._access = access or Access()
+        self._made: set[str] = set()
+        self._fd = -1
+        self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Safe to call twice."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def give(self) -> None:
+        """To its owner, and to who may read.  Raises OSError."""
+        self._access.give(self._fd, 0o700)
+
+    def open(self, name: str) -> int:
+        """A regular file's descriptor, for reading.  Raises OSError, CallerError where it is something else."""
+        # Looked at before: to open a device may be to do something with it.
+        _check_regular(self.path / name, os.stat(name, dir_fd=self._fd, follow_symlinks=False))
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._fd)
+        try:
+            _check_regular(self.path / name, os.fstat(fd))
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def look(self, name: str) -> os.stat_result:
+        """What the system says of a regular file.  Raises CallerError."""
+        with os_errors(self.path / name, CallerError):
+            found = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
+        _check_regular(self.path / name, found)
+        return found
+
+    def read(self, name: str, limit: int) -> bytes:
+        """All of a file.  Raises CallerError, also for one that is longer than `limit`, bytes."""
+        with os_errors(self.path / name, CallerError), os.fdopen(self.open(name), "rb") as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise CallerError(f"{self.path / name} has more than {limit} bytes: it is not a snapshot's")
+        return data
+
+    def create(self, name: str) -> int:
+        """A new file's descriptor, for reading and writing.  Raises OSError."""
+        self._made.add(name)
+        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=self._fd)
+        try:
+            self._access.give(fd, 0o600)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def write_whole(self, name: str, data: Buffer) -> None:
+        """A file that is on the disk when this returns, instead of what there was; or else is as before.
+
+        Raises OSError.
+        """
+        draft = name + ".new"
+        with suppress(FileNotFoundError):
+            os.unlink(draft, dir_fd=self._fd)  # somebody's who was killed
+        try:
+            with os.fdopen(self.create(draft), "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            self._made.add(name)
+            os.replace(draft, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(draft, dir_fd=self._fd)
+            raise
+        self.sync()
+
+    def sync(self) -> None:
+        """The names in it are on the disk when this returns.  Raises OSError."""
+        os.fsync(self._fd)
+
+    def remove_made(self) -> None:
+        """Remove what was made here.  Takes no descriptor: there may be none left."""
+        for name in self._made:
+            with suppress(OSError):
+                os.unlink(name, dir_fd=self._fd)
+
+
+def open_file(path: Path) -> int:
+    """The descriptor of a memory image by its path, links followed: a file or a block device.
+
+    Raises OSError, CallerError where it is neither.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO waits for nobody then
+    mode = os.fstat(fd).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        os.close(fd)
+        raise CallerError(f"{path} is neither a file nor a block device nor a snapshot's directory")
+    return fd
+
+
+def _check_regular(path: Path, found: os.stat_result) -> None:
+    for is_one, kind in _KINDS:
+        if is_one(found.st_mode):
+            raise CallerError(f"{path} is {kind}, not a regular file")
