@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -35,7 +36,11 @@ def inspect(path: str | Path) -> dict[str, Any]:
     with os_errors(path, CallerError):
         if not path.is_dir():
             raise CallerError(f"{path} is not a directory: a recording and a snapshot both are")
-        is_snapshot = (path / INDEX).exists()
+        try:
+            os.lstat(path / INDEX)  # whatever it is
+            is_snapshot = True
+        except FileNotFoundError:
+            is_snapshot = False
     return _snapshot(path) if is_snapshot else _recording(path)
 
 

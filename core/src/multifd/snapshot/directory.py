@@ -1,12 +1,12 @@
-"""A snapshot's directory, held open: its files are regular ones, opened below it and through no link."""
+"""A snapshot's directory: its files are regular ones, opened below it and through no link."""
 
 from __future__ import annotations
 
 import grp
 import os
 import stat
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,47 +56,64 @@ class Access:
 
 
 class Directory:
-    """A directory, open until it is closed or forgotten; renamed meanwhile, it is the same one."""
+    """A directory, held open until `close`; used after that, it is opened again, and has to be the same one."""
 
     def __init__(self, path: Path, access: Access | None = None) -> None:
-        """`path` is for messages, too; `access` is for what is made here.  Raises OSError."""
+        """`path` is where it is by now; `access` is for what is made here.  Raises OSError."""
         self.path = path
         self._access = access or Access()
         self._made: set[str] = set()
-        self._fd = -1
-        self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        self.close()
+        self._fd = os.open(path, _DIRECTORY)
+        self._same = _identity(self._fd)
 
     def close(self) -> None:
         """Safe to call twice."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            with suppress(OSError):
+                os.close(fd)
+
+    @contextmanager
+    def _opened(self) -> Iterator[int]:
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            yield self._fd
+            return
+        fd = os.open(self.path, _DIRECTORY)
+        try:
+            if _identity(fd) != self._same:
+                raise CallerError(f"{self.path} was replaced while it was used: start again")
+            yield fd
+        finally:
+            os.close(fd)
 
     def give(self) -> None:
         """To its owner, and to who may read.  Raises OSError."""
-        self._access.give(self._fd, 0o700)
+        with self._opened() as here:
+            self._access.give(here, 0o700)
+
+    def look(self, name: str) -> os.stat_result:
+        """What the system says of a regular file.  Raises CallerError."""
+        with os_errors(self.path / name, CallerError), self._opened() as here:
+            found = os.stat(name, dir_fd=here, follow_symlinks=False)
+        self._check_regular(name, found)
+        return found
 
     def open(self, name: str) -> int:
-        """A regular file's descriptor, for reading.  Raises OSError, CallerError where it is something else."""
-        # Looked at before: to open a device may be to do something with it.
-        _check_regular(self.path / name, os.stat(name, dir_fd=self._fd, follow_symlinks=False))
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._fd)
+        """A regular file's descriptor, for reading.  Raises CallerError."""
+        self.look(name)  # before: to open a device may be to do something with it
+        with os_errors(self.path / name, CallerError), self._opened() as here:
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=here)
         try:
-            _check_regular(self.path / name, os.fstat(fd))
+            self._check_regular(name, os.fstat(fd))
         except BaseException:
             os.close(fd)
             raise
         return fd
 
-    def look(self, name: str) -> os.stat_result:
-        """What the system says of a regular file.  Raises CallerError."""
-        with os_errors(self.path / name, CallerError):
-            found = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
-        _check_regular(self.path / name, found)
-        return found
+    def _check_regular(self, name: str, found: os.stat_result) -> None:
+        for is_one, kind in _KINDS:
+            if is_one(found.st_mode):
+                raise CallerError(f"{self.path / name} is {kind}, not a regular file")
 
     def read(self, name: str, limit: int) -> bytes:
         """All of a file.  Raises CallerError, also for one that is longer than `limit`, bytes."""
@@ -108,7 +126,8 @@ class Directory:
     def create(self, name: str) -> int:
         """A new file's descriptor, for reading and writing.  Raises OSError."""
         self._made.add(name)
-        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=self._fd)
+        with self._opened() as here:
+            fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=here)
         try:
             self._access.give(fd, 0o600)
         except BaseException:
@@ -122,30 +141,33 @@ class Directory:
         Raises OSError.
         """
         draft = name + ".new"
-        with suppress(FileNotFoundError):
-            os.unlink(draft, dir_fd=self._fd)  # somebody's who was killed
-        try:
-            with os.fdopen(self.create(draft), "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            self._made.add(name)
-            os.replace(draft, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(draft, dir_fd=self._fd)
-            raise
-        self.sync()
-
-    def sync(self) -> None:
-        """The names in it are on the disk when this returns.  Raises OSError."""
-        os.fsync(self._fd)
+        with self._opened() as here:
+            with suppress(FileNotFoundError):
+                os.unlink(draft, dir_fd=here)  # somebody's who was killed
+            try:
+                with os.fdopen(self.create(draft), "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                self._made.add(name)
+                os.replace(draft, name, src_dir_fd=here, dst_dir_fd=here)
+            except BaseException:
+                with suppress(OSError):
+                    os.unlink(draft, dir_fd=here)
+                raise
+            os.fsync(here)
 
     def remove_made(self) -> None:
-        """Remove what was made here.  Takes no descriptor: there may be none left."""
-        for name in self._made:
-            with suppress(OSError):
-                os.unlink(name, dir_fd=self._fd)
+        """Remove what was made here.  Takes no descriptor while it is held open: there may be none left."""
+        with suppress(OSError), self._opened() as here:
+            for name in self._made:
+                with suppress(OSError):
+                    os.unlink(name, dir_fd=here)
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    found = os.fstat(fd)
+    return found.st_dev, found.st_ino
 
 
 def open_file(path: Path) -> int:
@@ -159,9 +181,3 @@ def open_file(path: Path) -> int:
         os.close(fd)
         raise CallerError(f"{path} is neither a file nor a block device nor a snapshot's directory")
     return fd
-
-
-def _check_regular(path: Path, found: os.stat_result) -> None:
-    for is_one, kind in _KINDS:
-        if is_one(found.st_mode):
-            raise CallerError(f"{path} is {kind}, not a regular file")

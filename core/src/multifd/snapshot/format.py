@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from multifd.errors import CallerError, PeerError
 from multifd.snapshot.directory import Directory
-from multifd.wire.block import Block, check_blocks
+from multifd.wire.block import MAX_LENGTH, Block, check_blocks
 from multifd.wire.document import parse_document
 from multifd.wire.packet import PAGE_SIZES
 
@@ -123,8 +123,8 @@ def _checked(whole: dict[str, Any]) -> Index:
         raise ValueError("page_size, sync or blocks make no sense")
     if len(found.machine) > 1024 or not _is_text(found.machine):
         raise ValueError("machine is no machine type's name")
-    if min(block.used_length for block in blocks) < 0:
-        raise ValueError("a used_length is negative")
+    if not all(0 < block.used_length <= MAX_LENGTH for block in blocks):
+        raise ValueError("a used_length is no file's")
     check_blocks(blocks, found.page_size)
     transfer = get(whole, "transfer", dict) if "transfer" in whole else {}
     for key in transfer.keys() & _COUNTS:
@@ -164,7 +164,7 @@ def get_digest(entry: object, key: str, where: str = "") -> str | None:
 def _name(entry: object, key: str, where: str = "") -> str:
     """A file's name, which leads nowhere but into the directory."""
     name = get(entry, key, str, where)
-    if name in ("", ".", "..") or "/" in name or "\0" in name or not _is_text(name):
+    if name in ("", ".", "..") or "/" in name or "\0" in name or len(name) > 255 or not _is_text(name):
         raise ValueError(f"{where}{key} is no name of a file")
     return name
 

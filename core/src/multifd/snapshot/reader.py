@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -194,11 +194,8 @@ def open_snapshot(path: str | Path, *, block: str = "pc.ram", page_size: int | N
 def _open_directory(path: Path) -> Snapshot:
     with os_errors(path, CallerError):
         directory = Directory(path)
-    try:
+    with closing(directory):
         return _opened(path, directory)
-    except BaseException:
-        directory.close()
-        raise
 
 
 def _opened(path: Path, directory: Directory) -> Snapshot:

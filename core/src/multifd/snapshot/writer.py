@@ -198,6 +198,7 @@ class SnapshotWriter:
             self._draft = self._directory.path = self.path
             _sync_parent(self.path)
         self._draft = None
+        self._directory.close()
 
     def add_digests(
         self, crew: Crew | None = None, *, plain: bool = False, on_wait: Callable[[], None] = lambda: None
@@ -225,11 +226,11 @@ class SnapshotWriter:
     def discard(self) -> None:
         """Leave nothing behind but a snapshot that was completed.  Safe to call twice."""
         with ExitStack() as steps:
+            steps.callback(self._directory.close)
             steps.callback(self._close)
             for block in self.blocks.values():
                 steps.callback(block.close)
             if self._draft is not None:
-                steps.callback(self._directory.close)
                 # First: to close a file may take long, or fail.
                 steps.callback(_remove, self._draft, self._directory)
 
@@ -253,11 +254,13 @@ def check_free(path: Path, access: Access | None = None) -> None:
             raise CallerError(f"{path.parent} is not a directory: create it first")
     with os_errors(f"{path.parent}: no snapshot can be made there", CallerError):
         draft = _make_draft(path)
+    directory = None
     try:
         with os_errors(f"{path}: it cannot be given to {access or 'its owner'}", CallerError):
-            Directory(draft, access).give()
+            directory = Directory(draft, access)
+            directory.give()
     finally:
-        _remove(draft)
+        _remove(draft, directory)
 
 
 def _make_draft(path: Path) -> Path:
@@ -272,6 +275,7 @@ def _remove(draft: Path, directory: Directory | None = None) -> None:
     """With all that is in it.  Takes no descriptor unless somebody else has put something in."""
     if directory is not None:
         directory.remove_made()
+        directory.close()
     try:
         os.rmdir(draft)
     except OSError:
