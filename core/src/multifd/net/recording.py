@@ -29,10 +29,11 @@ class RecordedConnection:
         self._file: BinaryIO
         with os_errors(path, CallerError):
             # A FIFO does not wait for a writer then.
-            self._raw = self._file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-        if not stat.S_ISREG(os.fstat(self._raw.fileno()).st_mode):
-            self._raw.close()
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
             raise CallerError(f"{path} is no regular file")
+        self._raw = self._file = os.fdopen(fd, "rb")
         if path.suffix == ".zst":
             reader = _zstd_reader(self._raw)
             if reader is None:
