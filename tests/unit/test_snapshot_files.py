@@ -384,3 +384,14 @@ def test_a_file_that_cannot_be_closed_keeps_none_of_the_others(work: Path, monke
         patch.setattr(os, "close", fail)
         found.discard()
     assert os.listdir(work) == []
+
+
+def test_a_process_that_is_left_leaves_no_draft(work: Path) -> None:
+    """At a second signal, or where a thread hangs: a draft is the guest's memory."""
+    code = (
+        "import sys\nfrom multifd.crew import leave, undone\nfrom multifd.snapshot.writer import SnapshotWriter\n"
+        "writer = SnapshotWriter(sys.argv[1], 4096)\nwith undone(writer.discard):\n    leave(7)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(work / "snap")], timeout=60, check=False)
+    assert result.returncode == 7
+    assert os.listdir(work) == []
