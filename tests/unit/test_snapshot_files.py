@@ -20,6 +20,7 @@ import pytest
 import multifd
 import streams
 from commands import fails
+from disks import small_disk
 from multifd.errors import CallerError, HostError
 from multifd.jobs.bench.measure import bench
 from multifd.snapshot import writer
@@ -314,6 +315,20 @@ def test_an_output_that_cannot_be_is_refused_before_anything_is_received(work: P
     says = r"is a link: name|exists already: remove|create it first|Not a directory|File name too long"
     fails(1, says, "receive", "tcp:127.0.0.1:0", "-o", path)  # one line: it does not listen
     assert sorted(work.rglob("*")) == before
+
+
+def test_a_mount_point_is_refused_before_anything_is_received(work: Path) -> None:
+    """An empty one is: nothing can take its place in the end."""
+    (work / "snap").mkdir()
+    with small_disk(work / "snap", 64):
+        fails(
+            1,
+            "is where a file system is mounted: name a directory in it",
+            "receive",
+            "tcp:127.0.0.1:0",
+            "-o",
+            work / "snap",
+        )
 
 
 def test_the_longest_name(work: Path) -> None:

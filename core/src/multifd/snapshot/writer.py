@@ -250,6 +250,8 @@ def check_free(path: Path, access: Access | None = None) -> None:
             raise CallerError(f"{path} is a link: name the directory to make")
         if taken:
             raise CallerError(f"{path} exists already: remove it or choose another name")
+        if os.path.ismount(path):
+            raise CallerError(f"{path} is where a file system is mounted: name a directory in it")
         if not path.parent.is_dir():
             raise CallerError(f"{path.parent} is not a directory: create it first")
     with os_errors(f"{path.parent}: no snapshot can be made there", CallerError):
