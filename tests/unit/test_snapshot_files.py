@@ -255,8 +255,11 @@ def test_a_group_may_read_it(work: Path, by: str) -> None:
 def test_a_group_that_is_none(work: Path) -> None:
     with pytest.raises(CallerError, match="there is no group 'no such group' here"):
         receive(work, group="no such group")
-    with pytest.raises(CallerError, match="is no group's number"):
-        receive(work, group="4294967296")
+    for number in ("4294967296", "4294967295", "9" * 10, -1):
+        with pytest.raises(CallerError, match="is no group's number"):
+            receive(work, group=number)
+    with pytest.raises(CallerError, match="there is no group '9999"):
+        receive(work, group="9" * 5000)
     assert os.listdir(work) == ["recording"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import grp
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -34,18 +35,15 @@ class Access:
     @classmethod
     def of(cls, group: str | int | None) -> Access:
         """By the group's name or number.  Raises CallerError where there is none of this name."""
-        if isinstance(group, str) and not (group.isdecimal() and group.isascii()):
+        if isinstance(group, str) and not re.fullmatch("[0-9]{1,10}", group):
             try:
                 group = grp.getgrnam(group).gr_gid
             except (KeyError, ValueError):
                 raise CallerError(f"there is no group {group!r} here: `getent group` lists them") from None
         number = None if group is None else int(group)
-        if number is not None and not 0 <= number < 1 << 32:
+        if number is not None and not 0 <= number < (1 << 32) - 1:  # the last one says "as it is"
             raise CallerError(f"{number} is no group's number")
         return cls(number)
-
-    def __str__(self) -> str:
-        return "its owner" if self.group is None else f"group {self.group}"
 
     def give(self, fd: int, mode: int) -> None:
         """The owner has `mode`, whatever the umask; the group may read, and others nothing.  Raises OSError."""

@@ -240,7 +240,7 @@ class SnapshotWriter:
 
 
 def check_free(path: Path, access: Access | None = None) -> None:
-    """Raises CallerError where no snapshot could appear under this name, or nobody may give it to a group."""
+    """Raises CallerError where no snapshot could appear under this name, or be given to a group."""
     with os_errors(path, CallerError):
         try:
             taken = not stat.S_ISDIR(os.lstat(path).st_mode) or any(path.iterdir())
@@ -258,9 +258,10 @@ def check_free(path: Path, access: Access | None = None) -> None:
         draft = _make_draft(path)
     directory = None
     try:
-        with os_errors(f"{path}: it cannot be given to {access or 'its owner'}", CallerError):
-            directory = Directory(draft, access)
-            directory.give()
+        if access is not None and access.group is not None:
+            with os_errors(f"{path}: it cannot be given to group {access.group}", CallerError):
+                directory = Directory(draft, access)
+                directory.give()
     finally:
         _remove(draft, directory)
 

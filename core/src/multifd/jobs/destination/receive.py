@@ -68,8 +68,8 @@ def receive(
     given; a recording says it itself.  `page_size` is assumed where the stream names none.
     `description_required` refuses a stream without VM description, `missing_allowed` takes one
     in which pages never came (memory that the guest gave back to its host).  `digests` are made once the source has
-    its answer, with `sha256` each file's plain one, too; `on_digests` is called where that takes more than a second.
-    `group`, a name or a number, may read the snapshot, as QEMU's user has to under libvirt.  `timeout` bounds
+    its answer, with `sha256` each file's plain one, too; `on_digests` is called where that takes more than a second,
+    and fails nothing.  `group`, a name or a number, may read the snapshot, as QEMU's user has to.  `timeout` bounds
     first bytes and a SYNC that others wait for, `first_timeout` the first connection,
     `idle_timeout` any silence; all in seconds, the last two None for ever.
     `tls_creds` is a directory of certificates as `multifd.net.tls` wants them; plain without.  `uuid`, 16 bytes, is the
