@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pty
@@ -43,7 +44,7 @@ FIELDS = {"seconds", "normal_pages", "zero_pages", "wire_bytes", "memory_bytes",
 
 def test_send_and_receive(work: Path) -> None:
     content = images.write_pages(work / "image.raw", 1000, 4096)
-    with receiving(work, "--json") as (child, uri):
+    with receiving(work, "--json", "--sha256") as (child, uri):
         sent = run("send", work / "image.raw", uri, "--compressor", "zlib", "--level", "3", "--json")
         received, errors = child.communicate(timeout=30)
     assert sent.returncode == child.returncode == 0, sent.stderr + errors
@@ -53,7 +54,9 @@ def test_send_and_receive(work: Path) -> None:
         assert json.loads(text)["memory_bytes"] == len(content)
     index = json.loads((work / "snap" / "snapshot.json").read_text())
     assert (work / "snap" / index["blocks"][0]["file"]).read_bytes() == content
-    assert len(index["blocks"][0]["sha256"]) == 64
+    assert index["blocks"][0]["sha256"] == hashlib.sha256(content).hexdigest()
+    assert json.loads(received)["digest"] == index["digests"]["manifest"]
+    assert json.loads(sent.stdout)["digest"] is None, "an image has none"
 
 
 def test_for_people(work: Path) -> None:

@@ -239,7 +239,7 @@ def test_the_return_path_says_how_it_ended(work: Path) -> None:
 
 
 def test_after_the_source_was_told_nothing_makes_it_a_failure(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: SnapshotWriter) -> None:
+    def fail(self: SnapshotWriter, *_: object, **__: object) -> None:
         raise HostError("no descriptors are left")
 
     monkeypatch.setattr(SnapshotWriter, "add_digests", fail)

@@ -51,11 +51,12 @@ def check(snapshot: Path, capture: Capture) -> None:
     index = json.loads((snapshot / "snapshot.json").read_text())
     facts = capture.facts
     expected = {block["name"]: block["sha256"] for block in facts["blocks"]}
-    assert {block["idstr"]: block["sha256"] for block in index["blocks"]} == expected
+    found = {}
     for block in index["blocks"]:
         content = (snapshot / block["file"]).read_bytes()
         assert len(content) == block["used_length"]
-        assert hashlib.sha256(content).hexdigest() == block["sha256"]
+        found[block["idstr"]] = hashlib.sha256(content).hexdigest()
+    assert found == expected
     assert (index["machine"], index["uuid"], f"per {index['sync']}") == (facts["machine"], facts["uuid"], facts["sync"])
     state = (snapshot / index["device_state"]).read_bytes()
     assert state == capture.files()[0][facts["device_state_offset"] :]

@@ -123,6 +123,7 @@ def ram(*blocks: tuple[str, int], **options: int) -> bytes:
         (ram() + streams.ram_start([("a", 4096)]), r"section 1 \(ram\) before RAM is complete"),
         (ram(("a", 8192), total=1 << 12), "does not add up to its total"),
         (ram(("a", 4096), ("a", 4096)), "listed twice"),
+        (ram(("", 4096)), "a RAM block's name has 0 characters, not 1 to 255"),
         (ram(("a", 0), ("b", 4096)), "0 bytes"),
         (
             head() + b"\x01" + struct.pack(">I", 1) + b"\x03ram" + struct.pack(">II", 0, 4) + streams.EOS,

@@ -189,6 +189,7 @@ def test_a_line_without_end_is_refused(work: Path, monkeypatch: pytest.MonkeyPat
         EVENT,
         b"[" * 100_000 + b"\n",
         b"9" * 100_000 + b"\n",
+        b'{"x":' + b"[" * 900 + b"]" * 900 + b"}\n",
     ],
     ids=lambda value: repr(value[:12]),
 )
@@ -198,8 +199,25 @@ def test_a_greeting_that_is_none(work: Path, greeting: bytes) -> None:
     one_line(caught.value, "qmp", "is not a QMP monitor")
 
 
+DEEP = b"[" * 900 + b"]" * 900
+
+
 @pytest.mark.parametrize(
-    "line", [b"null", b"[]", b"5", b'"x"', b"{", b"\xff\x00", b"", b"{}", b'{"error": {"class": "x"}}', b'{"error": 5}']
+    "line",
+    [
+        b'{"x": ' + DEEP + b"}",
+        b'{"error": {"desc": ' + DEEP + b"}}",
+        b"null",
+        b"[]",
+        b"5",
+        b'"x"',
+        b"{",
+        b"\xff\x00",
+        b"",
+        b"{}",
+        b'{"error": {"class": "x"}}',
+        b'{"error": 5}',
+    ],
 )
 def test_an_answer_that_is_none(work: Path, line: bytes) -> None:
     def serve(sock: socket.socket) -> None:

@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 
 import peers
+import streams
 from multifd.crew import Crew
-from multifd.errors import CallerError, Cancelled, HostError
+from multifd.errors import CallerError, Cancelled, HostError, UsageError
 from multifd.net.connect import connect
 from multifd.net.deadline import Silence
 from multifd.net.door import AGAIN, Door
 from multifd.net.listener import Listener
+from multifd.net.recording import open_recording
 from multifd.net.uri import Uri
 from told import warns
 
@@ -111,6 +113,35 @@ def test_a_name_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_can_be_no_name() -> None:
     with pytest.raises(HostError, match=r"cannot connect to tcp:a..b:1: 'a..b' can be no host's name"):
         connect(Uri.parse("tcp:a..b:1"), Silence(30))
+
+
+@pytest.mark.parametrize("port", ["65536", "9" * 5000, "-1", "x", ""])
+def test_what_can_be_no_port(port: str) -> None:
+    with pytest.raises(UsageError, match="is no URI"):
+        Uri.parse(f"tcp:localhost:{port}")
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "directory", "device"])
+@pytest.mark.parametrize("name", ["main.bin", "main.bin.zst", "ch0.bin", "ch1.bin"])
+def test_a_recording_is_regular_files(work: Path, kind: str, name: str) -> None:
+    """Or links to them; nobody waits for a FIFO's writer."""
+    streams.small().write(work)
+    (work / "main.bin").rename(work / "elsewhere")
+    (work / "main.bin").symlink_to("elsewhere")
+    main, channels = open_recording(str(work))
+    for connection in (main, *channels):
+        connection.close()
+    if name == "main.bin.zst":
+        (work / "main.bin").unlink()
+    (work / name).unlink(missing_ok=True)
+    if kind == "FIFO":
+        os.mkfifo(work / name)
+    elif kind == "directory":
+        (work / name).mkdir()
+    else:
+        (work / name).symlink_to("/dev/zero")
+    with pytest.raises(CallerError, match=f"{name} is no regular file"):
+        open_recording(str(work))
 
 
 def test_small_pieces_are_acknowledged_at_once() -> None:

@@ -53,6 +53,8 @@ class Crew:
         self._threads: list[threading.Thread] = []
         self._wakes: list[Callable[[], None]] = []
         self._before_cancel: list[Callable[[], None]] = []
+        self._cancelled = False
+        self._after: Crew | None = None
 
     def spawn(self, name: str, action: Callable[[], None]) -> threading.Thread:
         """Do something in a thread of its own; what it raises fails the crew.
@@ -150,9 +152,19 @@ class Crew:
         if self.over:
             raise Cancelled("the job is over")
 
+    def followed_by(self, other: Crew) -> None:
+        """What is done after the job, and ends with `cancel`, too."""
+        # In this order, and `cancel` in the other: one of both sees what the other did.
+        self._after = other
+        if self._cancelled:
+            other.cancel()
+
     def cancel(self) -> None:
         """End the job, which then raises Cancelled; from any thread, and twice."""
+        self._cancelled = True
         self.fail(Cancelled("cancelled"))
+        if self._after is not None:
+            self._after.cancel()
 
     def fail(self, error: BaseException) -> BaseException:
         """End the job with an error, unless it is over; returns the one that it ended with."""
@@ -242,9 +254,18 @@ def undone(undo: Callable[[], None]) -> Iterator[None]:
 
 def leave(code: int) -> None:
     """End the process at once, whatever its threads do."""
-    with suppress(KeyError):  # they may undo the last one themselves
+    undoing = threading.Thread(target=_undo_all, name="undoing", daemon=True)
+    try:
+        undoing.start()
+        undoing.join(ENDING["cancelled"])  # it may take a disk that answers no more
+    except RuntimeError:  # no thread is left
+        _undo_all()
+    os._exit(code)
+
+
+def _undo_all() -> None:
+    with suppress(KeyError):  # the job's own threads may undo the last one themselves
         while True:
             _, undo = _undoings.popitem()
             with suppress(Exception):
                 undo()
-    os._exit(code)

@@ -16,7 +16,7 @@ from multifd.cli.options import (
     timeout_option,
     uuid,
 )
-from multifd.cli.output import ProgressLine, report, say
+from multifd.cli.output import ProgressLine, report, say, tell
 
 
 def configure(parser: argparse.ArgumentParser) -> Run:
@@ -33,7 +33,11 @@ def configure(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument(
         "--page-size", type=size, metavar="SIZE", help="assumed where the stream names none: 4K, 16K or 64K (4K)"
     )
-    parser.add_argument("--no-digest", action="store_true", help="do not compute the blocks' SHA-256 at the end")
+    parser.add_argument("--no-digest", action="store_true", help="make no digests at the end")
+    parser.add_argument("--sha256", action="store_true", help="make the plain SHA-256 of each file, too")
+    parser.add_argument(
+        "--group", metavar="NAME", help="who may read the snapshot besides you: QEMU's group under libvirt (nobody)"
+    )
     parser.add_argument(
         "--no-description", action="store_true", help="take a stream without VM description (suppress-vmdesc=on)"
     )
@@ -67,6 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
             description_required=not arguments.no_description,
             missing_allowed=arguments.missing_pages,
             digests=not arguments.no_digest,
+            sha256=arguments.sha256,
+            group=arguments.group,
             timeout=arguments.timeout or DEFAULT_TIMEOUT,
             first_timeout=arguments.timeout,
             idle_timeout=arguments.idle_timeout,
@@ -77,7 +83,10 @@ def run(arguments: argparse.Namespace) -> int:
             observe=arguments.observe,
             on_listening=lambda uri: say(f"listening on {uri}"),
             on_progress=line.show,
+            on_digests=lambda: say(f"{arguments.output} is complete; its digests are being made"),
             crew=arguments.crew,
         )
     report(arguments, "received", result, {"snapshot": arguments.output})
+    if result.digest and not arguments.json:
+        tell(f"digest {result.digest}")
     return 0

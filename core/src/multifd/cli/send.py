@@ -57,6 +57,9 @@ def configure(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument(
         "--qmp", metavar="SOCKET", help="the monitor of the destination's QEMU, started with -incoming defer: set it up"
     )
+    parser.add_argument(
+        "--no-verify", action="store_true", help="do not check what is read of a snapshot against its digests"
+    )
     return run
 
 
@@ -86,6 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
             tls_creds=arguments.tls_creds,
             tls_hostname=arguments.tls_hostname,
             qmp=arguments.qmp,
+            verify=not arguments.no_verify,
             observe=arguments.observe,
             on_progress=line.show,
             crew=arguments.crew,

@@ -1,9 +1,9 @@
 """The sending channels: one thread each, which takes batches of pages and writes packets.
 
 The way of a page: the thread of whichever channel is idle takes the next batch (offsets only),
-reads its pages into a buffer of its own, parts zero pages from normal ones, lets the compressor
-make the payload of the runs, and writes header and payload with one call.  `epoch` returns when
-every channel has written all of its packets and a SYNC.
+reads its pages into a buffer of its own, where they are checked, and sends it as two packets: parts
+zero pages from normal ones, lets the compressor make the payload of the runs, and writes header and
+payload with one call.  `epoch` returns when every channel has written all of its packets and a SYNC.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from multifd.effort.controller import Effort
 from multifd.engine.encoder import Encoder
 from multifd.engine.packets import PacketWriter
 from multifd.errors import MultifdError
-from multifd.memory.buffer import packet_buffer
+from multifd.memory.buffer import private_memory
 from multifd.net.connection import Connection
 from multifd.observe.watch import Watch
+from multifd.snapshot.digests import PIECE
 from multifd.snapshot.reader import BlockReader
 from multifd.wire.counts import Counts
+from multifd.wire.flags import PACKET_SIZE
 from multifd.wire.packet import RamPacket
 
 ZERO_PAGES = ("multifd", "legacy", "none")
@@ -34,7 +36,7 @@ ZERO_PAGES = ("multifd", "legacy", "none")
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Up to one packet of one block; a `hole` is known to be zero and is not read."""
+    """Up to one piece of one block; a `hole` is known to be zero and is not read."""
 
     block: BlockReader
     offset: int
@@ -49,7 +51,7 @@ class _SendChannel:
     id: int
     connection: Connection
     writer: PacketWriter
-    buffer: memoryview = field(default_factory=lambda: memoryview(packet_buffer()))
+    buffer: memoryview = field(default_factory=lambda: memoryview(private_memory(PIECE)))
     pages: memoryview = field(init=False)
     synced: int = 0
     #: Zero pages that went to the main channel.
@@ -139,9 +141,7 @@ class SendChannels:
             writer.watch.begin(self._page_size)
             while self._wait_for_epoch(channel):
                 while (batch := self._take()) is not None:
-                    started = time.perf_counter()
-                    if not self._send(channel, batch):
-                        writer.encoder.idle(time.perf_counter() - started)
+                    self._send(channel, batch)
                 self._send_sync(channel)
         except MultifdError as error:
             raise error.at(f"channel {channel.id}") from error
@@ -167,19 +167,33 @@ class SendChannels:
             channel.synced += 1
             self._crew.changed.notify_all()
 
-    def _send(self, channel: _SendChannel, batch: Batch) -> bool:
-        """Send what is to be sent of a batch; says whether there was a payload."""
-        writer = channel.writer
-        offsets = tuple(range(batch.offset, batch.offset + batch.length, self._page_size))
-        idstr = batch.block.block.idstr
-        runs: list[memoryview] = []
+    def _send(self, channel: _SendChannel, batch: Batch) -> None:
+        """Read a batch, and send what is to be sent of it."""
+        started = time.perf_counter()
         if batch.hole:
+            batch.block.check_hole(batch.offset, batch.length)
+        else:
+            batch.block.read_piece(batch.offset, channel.buffer[: batch.length])
+        for start in range(0, batch.length, PACKET_SIZE):
+            pages = None if batch.hole else channel.pages[start : min(start + PACKET_SIZE, batch.length)]
+            length = min(PACKET_SIZE, batch.length - start)
+            if not self._send_packet(channel, batch.block.block.idstr, batch.offset + start, length, pages):
+                channel.writer.encoder.idle(time.perf_counter() - started)
+            started = time.perf_counter()
+
+    def _send_packet(
+        self, channel: _SendChannel, idstr: str, offset: int, length: int, pages: memoryview | None
+    ) -> bool:
+        """Send a packet's pages, zero where there are none; says whether there was a payload."""
+        writer = channel.writer
+        offsets = tuple(range(offset, offset + length, self._page_size))
+        runs: list[memoryview] = []
+        if pages is None:
             packet = RamPacket(ramblock=idstr, zero=offsets)
         else:
-            batch.block.read_into(batch.offset, channel.buffer[: batch.length])
-            packet, runs = RamPacket(ramblock=idstr, normal=offsets), [channel.pages[: batch.length]]
+            packet, runs = RamPacket(ramblock=idstr, normal=offsets), [pages]
             if self._zero_pages != "none":
-                packet, runs = writer.part(packet, runs[0])
+                packet, runs = writer.part(packet, pages)
         if packet.zero and self._zero_pages == "legacy":
             channel.aside += len(packet.zero)
             with self._crew.changed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -35,7 +36,11 @@ def inspect(path: str | Path) -> dict[str, Any]:
     with os_errors(path, CallerError):
         if not path.is_dir():
             raise CallerError(f"{path} is not a directory: a recording and a snapshot both are")
-        is_snapshot = (path / INDEX).exists()
+        try:
+            os.lstat(path / INDEX)  # whatever it is
+            is_snapshot = True
+        except FileNotFoundError:
+            is_snapshot = False
     return _snapshot(path) if is_snapshot else _recording(path)
 
 
@@ -43,6 +48,9 @@ def _snapshot(path: Path) -> dict[str, Any]:
     snapshot = open_snapshot(path)
     transfer = snapshot.index.get("transfer", {})
     wire = transfer.get("wire_bytes", 0)
+    ended = "complete" if transfer.get("description", True) else "complete, without a VM description"
+    if snapshot.digests is not None and snapshot.digests.manifest != snapshot.digest:
+        ended += ", but changed since its digests were made"
     return {
         "kind": "snapshot",
         "machine": snapshot.machine,
@@ -54,12 +62,13 @@ def _snapshot(path: Path) -> dict[str, Any]:
                 "idstr": item.block.idstr,
                 "used_length": item.block.used_length,
                 "file": item.path.name,
-                "stored_bytes": item.path.stat().st_blocks * 512,
-                "sha256": entry["sha256"],
+                "stored_bytes": item.stored_bytes(),
+                "sha256": entry.get("sha256"),
             }
             for item, entry in zip(snapshot.blocks, snapshot.index["blocks"], strict=True)
         ],
-        "device_state_bytes": snapshot.device_state.stat().st_size if snapshot.device_state else 0,
+        "device_state_bytes": snapshot.device_state_bytes,
+        "digest": snapshot.digest,
         "channels": transfer.get("channels"),
         "method": transfer.get("compressor"),
         "packets": transfer.get("packets"),
@@ -70,7 +79,7 @@ def _snapshot(path: Path) -> dict[str, Any]:
         "rounds": transfer.get("rounds"),
         "sync_points": transfer.get("sync_points"),
         "syncs": transfer.get("sync_points", 0) * transfer.get("channels", 0) or None,
-        "ended": "complete" if transfer.get("description", True) else "complete, without a VM description",
+        "ended": ended,
     }
 
 

@@ -14,7 +14,8 @@ class Result:
 
     `packets` counts every multifd packet, SYNC included; `memory_bytes` is (normal + zero) x page
     size; `seconds` run from the first connection to the confirmation.  `statistics` is what the
-    compressor counted: packets by the way they took, empty where there is but one.
+    compressor counted: packets by the way they took, empty where there is but one.  `digest` is the manifest digest of
+    the snapshot that was received, or that all that was sent was checked against.
     """
 
     seconds: float
@@ -26,6 +27,7 @@ class Result:
     channels: int
     compressor: str
     statistics: dict[str, int]
+    digest: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import stat
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,7 +28,12 @@ class RecordedConnection:
         self.bytes_written = 0
         self._file: BinaryIO
         with os_errors(path, CallerError):
-            self._raw = self._file = open(path, "rb")  # noqa: SIM115 - closed by close()
+            # A FIFO does not wait for a writer then.
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise CallerError(f"{path} is no regular file")
+        self._raw = self._file = os.fdopen(fd, "rb")
         if path.suffix == ".zst":
             reader = _zstd_reader(self._raw)
             if reader is None:
@@ -97,13 +103,20 @@ def open_recording(directory: str) -> tuple[RecordedConnection, list[RecordedCon
         paths.append(path)
     if not paths:
         raise CallerError(f"{folder} holds no ch0.bin or ch0.bin.zst: it is not a recording of a multifd migration")
-    return RecordedConnection(main), [RecordedConnection(path) for path in paths]
+    with ExitStack() as failed:
+        opened = []
+        for path in (main, *paths):
+            opened.append(RecordedConnection(path))
+            failed.callback(opened[-1].close)
+        failed.pop_all()
+    return opened[0], opened[1:]
 
 
 def _recorded_path(folder: Path, name: str) -> Path | None:
-    for path in (folder / name, folder / (name + ".zst")):
-        if path.exists():
-            return path
+    with os_errors(folder, CallerError):
+        for path in (folder / name, folder / (name + ".zst")):
+            if path.exists():
+                return path
     return None
 
 

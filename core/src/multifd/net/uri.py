@@ -24,7 +24,7 @@ class Uri:
             return cls(scheme, path=rest)
         if scheme == "tcp":
             host, colon, port = rest.rpartition(":")
-            if colon and port.isdecimal() and int(port) < 65536:
+            if colon and port.isdecimal() and len(port) < 6 and int(port) < 65536:
                 return cls("tcp", host=host.removeprefix("[").removesuffix("]"), port=int(port))
         raise UsageError(f"{text!r} is no URI: use tcp:HOST:PORT, unix:PATH or recording:DIR")
 

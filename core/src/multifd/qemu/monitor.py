@@ -21,6 +21,7 @@ from multifd.net.connection import Ended, Stalled
 from multifd.net.deadline import Silence
 from multifd.net.socket import SocketConnection
 from multifd.net.uri import Uri
+from multifd.wire.document import parse_document
 
 T = TypeVar("T")
 
@@ -188,8 +189,8 @@ class Monitor:
         """The next one; Stalled where it is not here by the deadline (monotonic), whatever trickles."""
         line = self._line(deadline)
         try:
-            message = json.loads(line)
-        except (ValueError, RecursionError):
+            message = parse_document(line)
+        except ValueError:
             message = None
         if not isinstance(message, dict):
             raise PeerError(f"it is not a QMP monitor: it says {shown(line)}")

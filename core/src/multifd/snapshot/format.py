@@ -1,67 +1,179 @@
 """A snapshot on disk: one sparse file per RAM block, the device state, and snapshot.json.
 
-    DIR/snapshot.json        format, uuid, machine, page_size, sync, blocks, files, transfer
+    DIR/snapshot.json        format, uuid, machine, page_size, sync, blocks, files, transfer, digests
     DIR/0-pc.ram.raw         RAM block 0, as long as the block, holes where pages are zero
     DIR/configuration.bin    the main channel's configuration section, as it came
     DIR/device_state.bin     what followed the RAM sections, as it came, description included
+    DIR/pieces.bin           the digests of all files' pieces (`multifd.snapshot.digests`)
 
-It is written under another name beside its own and renamed when all of it is on disk.
+It is written under another name beside its own and renamed when all of it is on disk; digests follow.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
-from typing import Any
+import re
+import uuid as uuids
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from multifd.errors import CallerError, os_errors
-from multifd.wire.packet import Buffer
+from multifd.errors import CallerError, PeerError
+from multifd.snapshot.directory import Directory
+from multifd.wire.block import MAX_LENGTH, Block, check_blocks
+from multifd.wire.document import parse_document
+from multifd.wire.packet import PAGE_SIZES
 
 FORMAT = 1
 INDEX = "snapshot.json"
 CONFIGURATION = "configuration.bin"
 DEVICE_STATE = "device_state.bin"
 SYNC_MODES = ("section", "round")
+#: Bytes; with the 4096 blocks that a stream may have, it is some 2 MiB long.
+MAX_INDEX = 16 << 20
+#: What `transfer` counts, and somebody looks at.
+_COUNTS = {
+    *("channels", "packets", "normal_pages", "zero_pages", "wire_bytes", "memory_bytes", "rounds", "sync_points"),
+}
+
+T = TypeVar("T")
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
-def read_index(directory: Path) -> dict[str, Any]:
-    """What snapshot.json says.  Raises CallerError where there is none, or it is no JSON object."""
-    path = directory / INDEX
-    with os_errors(path, CallerError):
-        try:
-            text = path.read_bytes()
-        except FileNotFoundError:
-            raise CallerError(f"{directory} holds no {INDEX}: it is not a snapshot") from None
+@dataclass(frozen=True, slots=True)
+class Index:
+    """What snapshot.json says, checked; `whole` is all of it, unknown keys too.
+
+    `files` are the RAM blocks' names of files, in the blocks' order.
+    """
+
+    whole: dict[str, Any]
+    uuid: bytes
+    machine: str
+    page_size: int
+    sync: str
+    blocks: tuple[Block, ...]
+    files: tuple[str, ...]
+    configuration: str
+    device_state: str
+
+    @property
+    def names(self) -> list[str]:
+        """Of all files, in the order of their digests: the blocks', the configuration's, the device state's."""
+        return [*self.files, self.configuration, self.device_state]
+
+
+def _load(directory: Directory) -> dict[str, Any]:
+    """snapshot.json as it is.  Raises CallerError where there is none, or it is no JSON object."""
+    path = directory.path / INDEX
     try:
-        index = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        found = parse_document(directory.read(INDEX, MAX_INDEX))
+        if not isinstance(found, dict):
+            raise ValueError("it is no JSON object")
+    except ValueError as error:
         raise CallerError(f"{path} is damaged: {error}") from error
-    if not isinstance(index, dict):
-        raise CallerError(f"{path} is damaged: it is no JSON object")
-    return index
+    except CallerError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise CallerError(f"{directory.path} holds no {INDEX}: it is not a snapshot") from None
+        raise
+    return found
 
 
-def write_index(directory: Path, index: dict[str, Any]) -> None:
+def store_index(directory: Directory, index: dict[str, Any]) -> None:
     """Replace snapshot.json at once.  What was read from it is written back, unknown keys too.  Raises OSError."""
-    draft = directory / (INDEX + ".new")
-    write_whole(draft, (json.dumps(index, indent=2) + "\n").encode())
-    os.replace(draft, directory / INDEX)
-    sync_directory(directory)
+    directory.write_whole(INDEX, (json.dumps(index, indent=2) + "\n").encode())
 
 
-def write_whole(path: Path, data: Buffer) -> None:
-    """A file that is on the disk when this returns.  Raises OSError."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_directory(path: Path) -> None:
-    """The names in a directory are on the disk when this returns.  Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def read_index(directory: Directory) -> Index:
+    """snapshot.json, with every value checked that is used.  Raises CallerError."""
+    whole = _load(directory)
+    path = directory.path / INDEX
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        number = get(whole, "format", int)
+        if number != FORMAT:
+            raise CallerError(f"{path} has format {str(number)[:20]}, this multifd reads {FORMAT}: upgrade it")
+        return _checked(whole)
+    except (ValueError, PeerError) as error:
+        raise CallerError(f"{path} is damaged: {error}") from error
+
+
+def _checked(whole: dict[str, Any]) -> Index:
+    entries = get(whole, "blocks", list)
+    blocks, files = [], []
+    for number, entry in enumerate(entries):
+        where = f"blocks[{number}]."
+        idstr = get(entry, "idstr", str, where)
+        if not idstr.isascii() or not 0 < len(idstr) < 256:
+            raise ValueError(f"{where}idstr is not 1 to 255 ASCII characters")
+        blocks.append(Block(idstr, get(entry, "used_length", int, where)))
+        files.append(_name(entry, "file", where))
+        get_digest(entry, "sha256", where)
+    found = Index(
+        whole,
+        uuids.UUID(get(whole, "uuid", str)).bytes,
+        get(whole, "machine", str),
+        get(whole, "page_size", int),
+        get(whole, "sync", str),
+        tuple(blocks),
+        tuple(files),
+        _name(whole, "configuration"),
+        _name(whole, "device_state"),
+    )
+    if found.page_size not in PAGE_SIZES or found.sync not in SYNC_MODES or not blocks:
+        raise ValueError("page_size, sync or blocks make no sense")
+    if len(found.machine) > 1024 or not _is_text(found.machine):
+        raise ValueError("machine is no machine type's name")
+    if not all(0 < block.used_length <= MAX_LENGTH for block in blocks):
+        raise ValueError("a used_length is no file's")
+    check_blocks(blocks, found.page_size)
+    transfer = get(whole, "transfer", dict) if "transfer" in whole else {}
+    for key in transfer.keys() & _COUNTS:
+        if not 0 <= get(transfer, key, int, "transfer.") < 1 << 64:
+            raise ValueError(f"transfer.{key} is no count")
+    for key, kind in (("compressor", str), ("description", bool)):
+        if key in transfer:
+            get(transfer, key, kind, "transfer.")
+    names = [*found.names, INDEX]
+    if len({*names}) != len(names):
+        raise ValueError("two of its files have one name")
+    return found
+
+
+def get(entry: object, key: str, kind: type[T], where: str = "") -> T:
+    """A value of an object of snapshot.json, of exactly this type: True is no number.  Raises ValueError."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where.removesuffix('.')} is no object")
+    if key not in entry:
+        raise ValueError(f"{where}{key} is missing")
+    value = entry[key]
+    if type(value) is not kind:
+        raise ValueError(f"{where}{key} is of type {type(value).__name__}, not {kind.__name__}")
+    return value
+
+
+def get_digest(entry: object, key: str, where: str = "") -> str | None:
+    """A SHA-256 in hexadecimal; None where there is none.  Raises ValueError."""
+    if not isinstance(entry, dict) or entry.get(key) is None:
+        return None
+    text = get(entry, key, str, where)
+    if not _DIGEST.fullmatch(text):
+        raise ValueError(f"{where}{key} is no SHA-256")
+    return text
+
+
+def _name(entry: object, key: str, where: str = "") -> str:
+    """A file's name, which leads nowhere but into the directory."""
+    name = get(entry, key, str, where)
+    if name in ("", ".", "..") or "/" in name or "\0" in name or len(name) > 255 or not _is_text(name):
+        raise ValueError(f"{where}{key} is no name of a file")
+    return name
+
+
+def _is_text(text: str) -> bool:
+    """JSON can hold halves of characters that nothing can write."""
+    try:
+        os.fsencode(text)
+        text.encode()
+    except UnicodeError:
+        return False
+    return True

@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 import os
-import stat
-import uuid as uuids
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from multifd.errors import CallerError, HostError, os_errors
-from multifd.snapshot.format import FORMAT, INDEX, SYNC_MODES, read_index
+from multifd.errors import CallerError, os_errors
+from multifd.snapshot.digests import (
+    PIECE,
+    Digests,
+    Pieces,
+    load_pieces,
+    manifest_digest,
+    next_data,
+    read_digests,
+    read_into,
+)
+from multifd.snapshot.directory import Directory, open_file
+from multifd.snapshot.format import INDEX, Index, read_index
 from multifd.wire.block import Block
 from multifd.wire.flags import DEFAULT_PAGE_SIZE
-from multifd.wire.packet import PAGE_SIZES
+
+#: Bytes; QEMU's are some hundred.
+MAX_CONFIGURATION = 64 << 10
 
 
 class BlockReader:
     """A RAM block's file, open for reading; any thread may read, until it is closed."""
 
-    def __init__(self, block: Block, path: Path) -> None:
-        """Raises CallerError where the file cannot be opened."""
+    def __init__(self, block: Block, path: Path, fd: int, pieces: Pieces | None = None) -> None:
+        """`fd` is the file's, and closed with this; `pieces` are what `read_piece` checks."""
         self.block = block
         self.path = path
-        with os_errors(path, CallerError):
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._fd = fd
+        self._pieces = pieces
         with suppress(OSError):
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
@@ -36,46 +48,45 @@ class BlockReader:
         os.close(self._fd)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the block's bytes from `offset` on.  Raises HostError.
+        """Fill `buffer` with the block's bytes from `offset` on.  Raises HostError."""
+        read_into(self._fd, offset, buffer, self.path, self.block.used_length)
 
-        Read, not mapped: a mapped file that shrinks or fails kills the process with SIGBUS.
-        """
-        done = 0
-        while done < len(buffer):
-            at = offset + done
-            with os_errors(f"{self.path} cannot be read at byte {at}"):
-                count = os.preadv(self._fd, [buffer[done:]], at)
-            if not count:
-                raise HostError(
-                    f"{self.path} shrank to {at} bytes while it was read; it had {self.block.used_length}: nothing was "
-                    "confirmed, start again"
-                )
-            done += count
+    def read_piece(self, offset: int, buffer: memoryview) -> None:
+        """The same for a whole piece; raises HostError, too, where it is not what was received."""
+        read_into(self._fd, offset, buffer, self.path, self.block.used_length)
+        if self._pieces is not None:
+            self._pieces.check(offset, buffer)
+
+    def check_hole(self, offset: int, length: int) -> None:
+        """A piece that lies in a hole, and is not read.  Raises HostError where it was none."""
+        if self._pieces is not None:
+            self._pieces.check_hole(offset, length)
 
     def next_data(self, offset: int) -> int:
         """Where the first byte at or after `offset` is that is not in a hole; the block's length where none is."""
-        try:
-            return os.lseek(self._fd, offset, os.SEEK_DATA)
-        except OSError:
-            # Past the last data, or a file system that knows no holes: then look at everything.
-            try:
-                end = os.lseek(self._fd, 0, os.SEEK_END)
-                os.lseek(self._fd, offset, os.SEEK_HOLE)
-            except OSError:
-                return offset
-            return self.block.used_length if end >= self.block.used_length else offset
+        return next_data(self._fd, offset, self.block.used_length)
 
 
 @dataclass(frozen=True)
 class SnapshotBlock:
-    """A RAM block and the file that holds its pages."""
+    """A RAM block and the file that holds its pages; `directory` is the snapshot's, None for an image."""
 
     block: Block
     path: Path
+    directory: Directory | None = None
 
-    def open(self) -> BlockReader:
+    def stored_bytes(self) -> int:
+        """What the file takes of the disk.  Raises CallerError."""
+        if self.directory is not None:
+            return self.directory.look(self.path.name).st_blocks * 512
+        with os_errors(self.path, CallerError):
+            return self.path.stat().st_blocks * 512
+
+    def open(self, pieces: Pieces | None = None) -> BlockReader:
         """For reading, in a `with`.  Raises CallerError."""
-        return BlockReader(self.block, self.path)
+        with os_errors(self.path, CallerError):
+            fd = open_file(self.path) if self.directory is None else self.directory.open(self.path.name)
+        return BlockReader(self.block, self.path, fd, pieces)
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,7 @@ class Snapshot:
     """Memory that can be sent or looked into: a snapshot's, or one raw image's.
 
     `uuid` are 16 bytes; `configuration` and `device_state` are the recorded ones, None for a raw image; `sync` is the
-    mode that the snapshot was received in; `index` is snapshot.json.
+    mode that the snapshot was received in; `index` is snapshot.json; `digests` are its files', where it has any.
     """
 
     path: Path
@@ -95,11 +106,56 @@ class Snapshot:
     configuration: bytes | None = None
     device_state: Path | None = None
     index: dict[str, Any] = field(default_factory=dict)
+    digests: Digests | None = None
+    _opened: tuple[Directory, Index] | None = field(default=None, repr=False)
 
     @property
     def memory_bytes(self) -> int:
         """All blocks' lengths together."""
         return sum(item.block.used_length for item in self.blocks)
+
+    @property
+    def digest(self) -> str | None:
+        """The manifest digest, of what snapshot.json says by now.  Raises CallerError."""
+        if self._opened is None or self.digests is None:
+            return None
+        return manifest_digest(*self._opened, [file.digest for file in self.digests.files])
+
+    @property
+    def device_state_bytes(self) -> int:
+        """Its length.  Raises CallerError."""
+        if self._opened is None or self.device_state is None:
+            return 0
+        return self._opened[0].look(self.device_state.name).st_size
+
+    def load_pieces(self) -> list[Pieces]:
+        """What reading is checked against: the blocks' pieces, the configuration's, the device state's; or nothing.
+
+        The configuration and the device state are checked at once.  Raises CallerError, and HostError where one of them
+        is not what was received.
+        """
+        if self._opened is None or self.digests is None:
+            return []
+        pieces = load_pieces(*self._opened, self.digests)
+        pieces[-2].check(0, memoryview(self.configuration or b""))
+        for _ in self.read_device_state(pieces[-1]):
+            pass
+        return pieces
+
+    def read_device_state(self, pieces: Pieces | None = None) -> Iterator[bytes]:
+        """The recorded device state, piece by piece.  Raises CallerError, HostError."""
+        if self._opened is None or self.device_state is None:
+            return
+        with (
+            os_errors(self.device_state, CallerError),
+            os.fdopen(self._opened[0].open(self.device_state.name), "rb") as file,
+        ):
+            offset = 0
+            while data := file.read(PIECE):
+                if pieces is not None:
+                    pieces.check(offset, memoryview(data))
+                offset += len(data)
+                yield data
 
 
 def open_snapshot(path: str | Path, *, block: str = "pc.ram", page_size: int | None = None) -> Snapshot:
@@ -123,7 +179,8 @@ def open_snapshot(path: str | Path, *, block: str = "pc.ram", page_size: int | N
             )
         return snapshot
     page_size = page_size or DEFAULT_PAGE_SIZE
-    length = _file_length(path)
+    with os_errors(path, CallerError), os.fdopen(open_file(path), "rb") as file:
+        length = file.seek(0, os.SEEK_END)
     if not length:
         raise CallerError(f"{path} is empty: there is no memory to send")
     if length % page_size:
@@ -134,44 +191,36 @@ def open_snapshot(path: str | Path, *, block: str = "pc.ram", page_size: int | N
     return Snapshot(path, (SnapshotBlock(Block(block, length), path),), page_size)
 
 
-def _file_length(path: Path) -> int:
-    with os_errors(path, CallerError), open(path, "rb") as file:
-        mode = os.fstat(file.fileno()).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-            raise CallerError(f"{path} is neither a file nor a block device nor a snapshot's directory")
-        return file.seek(0, os.SEEK_END)
-
-
 def _open_directory(path: Path) -> Snapshot:
-    index = read_index(path)
-    index_path = path / INDEX
+    with os_errors(path, CallerError):
+        directory = Directory(path)
+    with closing(directory):
+        return _opened(path, directory)
+
+
+def _opened(path: Path, directory: Directory) -> Snapshot:
+    index = read_index(directory)
     try:
-        if index["format"] != FORMAT:
-            raise CallerError(f"{index_path} has format {index['format']!r}, this multifd reads {FORMAT}: upgrade it")
-        blocks = tuple(
-            SnapshotBlock(Block(entry["idstr"], entry["used_length"]), path / Path(entry["file"]).name)
-            for entry in index["blocks"]
-        )
-        configuration = path / Path(index["configuration"]).name
-        with os_errors(configuration, CallerError):
-            recorded = configuration.read_bytes()
-        snapshot = Snapshot(
-            path,
-            blocks,
-            index["page_size"],
-            uuids.UUID(index["uuid"]).bytes,
-            index["machine"],
-            index["sync"],
-            recorded,
-            path / Path(index["device_state"]).name,
-            index,
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CallerError(f"{index_path} is damaged: {type(error).__name__} {error}") from error
-    if snapshot.page_size not in PAGE_SIZES or snapshot.sync not in SYNC_MODES or not blocks:
-        raise CallerError(f"{index_path} is damaged: page_size, sync or blocks make no sense")
-    for item in blocks:
-        length = _file_length(item.path)
-        if length != item.block.used_length:
-            raise CallerError(f"{item.path} has {length} bytes, {INDEX} says {item.block.used_length}")
-    return snapshot
+        digests = read_digests(index)
+    except ValueError as error:
+        raise CallerError(f"{path / INDEX} is damaged: {error}") from error
+    for block, name in zip(index.blocks, index.files, strict=True):
+        length = directory.look(name).st_size
+        if length != block.used_length:
+            raise CallerError(f"{path / name} has {length} bytes, {INDEX} says {block.used_length}")
+    directory.look(index.device_state)
+    return Snapshot(
+        path,
+        tuple(
+            SnapshotBlock(block, path / name, directory) for block, name in zip(index.blocks, index.files, strict=True)
+        ),
+        index.page_size,
+        index.uuid,
+        index.machine,
+        index.sync,
+        directory.read(index.configuration, MAX_CONFIGURATION),
+        path / index.device_state,
+        index.whole,
+        digests,
+        (directory, index),
+    )

@@ -7,26 +7,22 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import tempfile
 import uuid as uuids
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+from multifd.crew import Crew
 from multifd.errors import CallerError, PeerError, os_errors
+from multifd.log import log
 from multifd.memory.arrivals import Arrivals
 from multifd.memory.zeropages import ZEROS
-from multifd.snapshot.format import (
-    CONFIGURATION,
-    DEVICE_STATE,
-    FORMAT,
-    INDEX,
-    read_index,
-    sync_directory,
-    write_index,
-    write_whole,
-)
+from multifd.snapshot.digests import LIST, described, make_digests
+from multifd.snapshot.directory import Access, Directory
+from multifd.snapshot.format import CONFIGURATION, DEVICE_STATE, FORMAT, INDEX, read_index, store_index
 from multifd.wire.block import Block
 
 
@@ -39,15 +35,16 @@ class BlockFile:
     differs, a later epoch has to bring the page again (`unsettled`).
     """
 
-    def __init__(self, block: Block, path: Path, page_size: int) -> None:
+    def __init__(self, block: Block, directory: Directory, name: str, page_size: int) -> None:
+        """A new one.  Raises OSError."""
         self.block = block
-        self.path = path
+        self.path = directory.path / name
         self._page_size = page_size
         self._again: list[tuple[int, bytes]] = []
         # Seen: a dozen repeats in 4096 pages; a peer that only repeats must not fill memory.
         self._again_limit = 1024 + block.used_length // page_size // 16
         self._disputed: set[int] = set()
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._fd = directory.create(name)
         try:
             os.ftruncate(self._fd, block.used_length)
             self._arrivals = Arrivals(block.used_length // page_size)
@@ -115,9 +112,10 @@ class BlockFile:
 
     def close(self) -> None:
         """Safe to call twice."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            with suppress(OSError):  # what is on the disk was synced, the rest is not needed
+                os.close(fd)
 
 
 class SnapshotWriter:
@@ -127,27 +125,32 @@ class SnapshotWriter:
     everything the disk refuses.
     """
 
-    def __init__(self, path: str | Path, page_size: int) -> None:
+    def __init__(self, path: str | Path, page_size: int, access: Access | None = None) -> None:
         self.path = Path(os.path.abspath(path))
         self.page_size = page_size
         self.blocks: dict[str, BlockFile] = {}
         self.device_state_bytes = 0
         check_free(self.path)
+        #: Where all of it is: the draft, then under its own name; None where it is to stay.
+        self._draft: Path | None = None
         with os_errors(self.path.parent):
-            self._draft = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", suffix=".partial", dir=self.path.parent))
+            self._draft = _make_draft(self.path)
+            directory = None
             try:
-                self._device_state = open(self._draft / DEVICE_STATE, "w+b")  # noqa: SIM115 - closed by complete or discard
+                directory = self._directory = Directory(self._draft, access)
+                directory.give()
+                self._device_state = os.fdopen(directory.create(DEVICE_STATE), "wb")
             except BaseException:
-                shutil.rmtree(self._draft, ignore_errors=True)
+                _remove(self._draft, directory)
                 raise
 
     def create_blocks(self, blocks: Sequence[Block]) -> None:
         """Make one sparse file per block."""
         for number, block in enumerate(blocks):
             readable = re.sub(r"[^A-Za-z0-9._-]+", "-", block.idstr).strip("-.")[:100]
-            path = self._draft / f"{number}-{readable}.raw"
-            with os_errors(path):
-                self.blocks[block.idstr] = BlockFile(block, path, self.page_size)
+            name = f"{number}-{readable}.raw"
+            with os_errors(self._directory.path / name):
+                self.blocks[block.idstr] = BlockFile(block, self._directory, name, self.page_size)
 
     def next_epoch(self) -> None:
         """All channels stand at a sync point."""
@@ -156,7 +159,7 @@ class SnapshotWriter:
 
     def add_device_state(self, data: bytes) -> None:
         """Append what came after the RAM sections."""
-        with os_errors(self._draft / DEVICE_STATE):
+        with os_errors(self._directory.path / DEVICE_STATE):
             self._device_state.write(data)
         self.device_state_bytes += len(data)
 
@@ -179,57 +182,114 @@ class SnapshotWriter:
             "device_state": DEVICE_STATE,
             "transfer": transfer,
         }
+        assert self._draft is not None, "it was completed"
         with os_errors(self._draft):
             self._device_state.flush()
             os.fsync(self._device_state.fileno())
             self._device_state.close()
-            write_whole(self._draft / CONFIGURATION, configuration)
-            write_index(self._draft, index)
+            self._directory.write_whole(CONFIGURATION, configuration)
+            store_index(self._directory, index)
             try:
                 os.rename(self._draft, self.path)
             except OSError as error:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise CallerError(f"{self.path} appeared while the snapshot was received") from error
                 raise
-            sync_directory(self.path.parent)
+            self._draft = self._directory.path = self.path
+            _sync_parent(self.path)
+        self._draft = None
+        self._directory.close()
 
-    def add_digests(self) -> None:
-        """Compute each block's SHA-256 and put it into snapshot.json of the whole snapshot.
+    def add_digests(
+        self, crew: Crew | None = None, *, plain: bool = False, on_wait: Callable[[], None] = lambda: None
+    ) -> str:
+        """Make the digests of the whole snapshot, put them into it, and return the manifest digest.
 
-        Raises HostError, and CallerError where somebody else has changed snapshot.json to what is none.
+        `crew` is a new one, for this alone; `plain` adds the plain SHA-256 of each file, and reads its holes for it.
+        `on_wait` is called where it takes more than PATIENCE.  Raises HostError, Cancelled, and CallerError where
+        somebody else has changed the snapshot.
         """
-        digests = {}
-        for block in self.blocks.values():
-            path = self.path / block.path.name
-            with os_errors(path), open(path, "rb") as file:
-                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-        index = read_index(self.path)
-        try:
-            for entry in index["blocks"]:
-                entry["sha256"] = digests[entry["file"]]
-        except (KeyError, TypeError) as error:
-            raise CallerError(f"{self.path / INDEX} was changed meanwhile: {type(error).__name__} {error}") from error
+        directory = self._directory
+        names = read_index(directory).names
+        files, lists = make_digests(directory, names, crew or Crew(), plain=plain, on_wait=on_wait)
+        index = read_index(directory)  # others may have put something in meanwhile
+        if index.names != names:
+            raise CallerError(f"{self.path / INDEX} was changed meanwhile")
+        found = index.whole["digests"] = described(directory, index, files)
+        for entry, file in zip(index.whole["blocks"], files, strict=False):
+            entry["sha256"] = file.sha256
         with os_errors(self.path):
-            write_index(self.path, index)
+            directory.write_whole(LIST, lists)
+            store_index(directory, index.whole)
+        return str(found["manifest"])
 
     def discard(self) -> None:
         """Leave nothing behind but a snapshot that was completed.  Safe to call twice."""
-        for block in self.blocks.values():
-            block.close()
+        with ExitStack() as steps:
+            steps.callback(self._directory.close)
+            steps.callback(self._close)
+            for block in self.blocks.values():
+                steps.callback(block.close)
+            if self._draft is not None:
+                # First: to close a file may take long, or fail.
+                steps.callback(_remove, self._draft, self._directory)
+
+    def _close(self) -> None:
         with suppress(OSError):  # what it could not write it tries to write again
             self._device_state.close()
-        shutil.rmtree(self._draft, ignore_errors=True)
 
 
-def check_free(path: Path) -> None:
-    """Raises CallerError where a snapshot could not appear under this name."""
+def check_free(path: Path, access: Access | None = None) -> None:
+    """Raises CallerError where no snapshot could appear under this name, or be given to a group."""
+    with os_errors(path, CallerError):
+        try:
+            taken = not stat.S_ISDIR(os.lstat(path).st_mode) or any(path.iterdir())
+        except FileNotFoundError:
+            taken = False
+        if os.path.islink(path):
+            raise CallerError(f"{path} is a link: name the directory to make")
+        if taken:
+            raise CallerError(f"{path} exists already: remove it or choose another name")
+        if os.path.ismount(path):
+            raise CallerError(f"{path} is where a file system is mounted: name a directory in it")
+        if not path.parent.is_dir():
+            raise CallerError(f"{path.parent} is not a directory: create it first")
+    with os_errors(f"{path.parent}: no snapshot can be made there", CallerError):
+        draft = _make_draft(path)
+    directory = None
     try:
-        taken = any(path.iterdir())
-    except FileNotFoundError:
-        taken = False
+        if access is not None and access.group is not None:
+            with os_errors(f"{path}: it cannot be given to group {access.group}", CallerError):
+                directory = Directory(draft, access)
+                directory.give()
+    finally:
+        _remove(draft, directory)
+
+
+def _make_draft(path: Path) -> Path:
+    """Beside it, hidden; with no more than its owner's access whatever the umask.  Raises OSError."""
+    name = os.fsdecode(os.fsencode(path.name)[:200])  # a name may have 255 bytes, and this has some more
+    draft = tempfile.mkdtemp(prefix=f".{name}.", suffix=".partial", dir=path.parent)
+    os.chmod(draft, 0o700)
+    return Path(draft)
+
+
+def _remove(draft: Path, directory: Directory | None = None) -> None:
+    """With all that is in it.  Takes no descriptor unless somebody else has put something in."""
+    if directory is not None:
+        directory.remove_made()
+        directory.close()
+    try:
+        os.rmdir(draft)
     except OSError:
-        taken = True
-    if taken:
-        raise CallerError(f"{path} exists already: remove it or choose another name")
-    if not path.parent.is_dir():
-        raise CallerError(f"{path.parent} is not a directory: create it first")
+        shutil.rmtree(draft, ignore_errors=True)
+    if os.path.lexists(draft):
+        log.warning(f"{draft} could not be removed: remove it, it holds guest memory")
+
+
+def _sync_parent(path: Path) -> None:
+    fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -29,6 +29,8 @@ def check_blocks(blocks: Sequence[Block], page_size: int) -> None:
         if block.idstr in names:
             raise PeerError(f"RAM block {block.idstr} is listed twice")
         names.add(block.idstr)
+        if not 0 < len(block.idstr) < 256:  # as its bytes are shown, where they are no letters
+            raise PeerError(f"a RAM block's name has {len(block.idstr)} characters, not 1 to 255")
         if not block.used_length or block.used_length % page_size:
             raise PeerError(
                 f"RAM block {block.idstr} has {block.used_length} bytes, not a multiple of the page size {page_size}"

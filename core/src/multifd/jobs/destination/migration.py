@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 from multifd.codec.readers import Readers
 from multifd.crew import Crew, doing
 from multifd.engine.receiver import Memory, RecvChannels
-from multifd.errors import MultifdError, PeerError
+from multifd.errors import MultifdError, PeerError, describe
 from multifd.jobs.destination.connections import Party
 from multifd.jobs.destination.verdict import SUCCESSES, Saw, State, after, seen, told
 from multifd.jobs.report import Progress, Result
@@ -24,6 +24,7 @@ from multifd.net.recording import RecordedConnection
 from multifd.net.socket import SocketConnection
 from multifd.observe.hooks import BACK, IN
 from multifd.observe.observers import Observers
+from multifd.snapshot.directory import Access
 from multifd.snapshot.writer import BlockFile, SnapshotWriter
 from multifd.wire.counts import Counts
 from multifd.wire.events import (
@@ -48,6 +49,7 @@ class Migration:
     def __init__(
         self,
         path: Path,
+        access: Access,
         page_size: int | None,
         description_required: bool,
         missing_allowed: bool,
@@ -57,6 +59,7 @@ class Migration:
         observers: Observers,
     ) -> None:
         self._path = path
+        self._access = access
         self._parser = Parser(page_size)
         self._description_required = description_required
         self._missing_allowed = missing_allowed
@@ -76,6 +79,8 @@ class Migration:
         self._pages_then = 0
         self._total_pages = 0
         self._state = State.WAITING
+        #: The manifest digest of the snapshot, once it has one.
+        self.digest: str | None = None
 
     def run(self, party: Party) -> Result:
         """Take the migration to its end; says so to the source when it is on the disk."""
@@ -138,14 +143,18 @@ class Migration:
         if self._snapshot is not None:
             self._snapshot.discard()
 
-    def add_digests(self) -> None:
-        """To the snapshot, which is complete without them, too."""
+    def add_digests(self, *, plain: bool, on_wait: Callable[[], None]) -> None:
+        """To the snapshot, which is complete without them, too; then `digest` is the manifest's."""
         assert self._snapshot is not None
+        crew = Crew()
+        self._crew.followed_by(crew)
         try:
-            with doing(f"the digests of {self._path}, which is complete without them"):
-                self._snapshot.add_digests()
-        except MultifdError as error:
-            log.warning(f"the snapshot is complete, but has no digests: {error}")
+            self.digest = self._snapshot.add_digests(crew, plain=plain, on_wait=on_wait)
+        except Exception as error:  # noqa: BLE001 - nothing makes a complete snapshot a failure
+            text = str(error) if isinstance(error, MultifdError) else describe(error)
+            log.warning(f"the snapshot is complete, but has no digests: {text}")
+        finally:
+            self._crew.adopt(crew)
 
     @property
     def unfinished(self) -> bool:
@@ -221,7 +230,7 @@ class Migration:
             case Configuration():
                 self._configuration = event
             case BlockList(blocks):
-                self._snapshot = SnapshotWriter(self._path, size)
+                self._snapshot = SnapshotWriter(self._path, size, self._access)
                 self._snapshot.create_blocks(blocks)
                 self._total_pages = sum(block.used_length for block in blocks) // size
                 by_name = {block.idstr: block for block in blocks}
@@ -275,6 +284,7 @@ class Migration:
             "rounds": self._rounds,
             "description": self._parser.complete,
         }
+        del transfer["digest"]  # they follow
 
         def still_here() -> None:
             with suppress(MultifdError):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from multifd.codec.readers import Readers
-from multifd.crew import Crew
+from multifd.crew import Crew, undone
 from multifd.errors import Cancelled, MultifdError, PeerError, UsageError
 from multifd.jobs.destination.connections import meet, recorded
 from multifd.jobs.destination.migration import Migration
@@ -25,6 +26,7 @@ from multifd.net.uri import Uri
 from multifd.observe.hooks import IN
 from multifd.observe.observers import Observers
 from multifd.qemu.driver import THEN, Source
+from multifd.snapshot.directory import Access
 from multifd.snapshot.writer import check_free
 from multifd.wire.packet import PAGE_SIZES
 
@@ -42,6 +44,8 @@ def receive(
     description_required: bool = True,
     missing_allowed: bool = False,
     digests: bool = True,
+    sha256: bool = False,
+    group: str | int | None = None,
     timeout: float = DEFAULT_TIMEOUT,
     first_timeout: float | None = None,
     idle_timeout: float | None = None,
@@ -52,6 +56,7 @@ def receive(
     observe: Sequence[str] = (),
     on_listening: Callable[[str], None] | None = None,
     on_progress: OnProgress | None = None,
+    on_digests: Callable[[], None] = lambda: None,
     crew: Crew | None = None,
 ) -> Result:
     """Take one migration from `uri` (`tcp:`, `unix:` or `recording:`) into a snapshot.
@@ -62,7 +67,9 @@ def receive(
     Without `compressor`, or with `auto`, each packet's own flag decides.  `channels` is DEFAULT_CHANNELS unless
     given; a recording says it itself.  `page_size` is assumed where the stream names none.
     `description_required` refuses a stream without VM description, `missing_allowed` takes one
-    in which pages never came (memory that the guest gave back to its host).  `timeout` bounds
+    in which pages never came (memory that the guest gave back to its host).  `digests` are made once the source has
+    its answer, with `sha256` each file's plain one, too; `on_digests` is called where that takes more than a second,
+    and fails nothing.  `group`, a name or a number, may read the snapshot, as QEMU's user has to.  `timeout` bounds
     first bytes and a SYNC that others wait for, `first_timeout` the first connection,
     `idle_timeout` any silence; all in seconds, the last two None for ever.
     `tls_creds` is a directory of certificates as `multifd.net.tls` wants them; plain without.  `uuid`, 16 bytes, is the
@@ -85,20 +92,21 @@ def receive(
         raise UsageError(f"{uri}: no QEMU sends a recording")
     wrap = listening_wrap(tls_creds)
     path = Path(os.path.abspath(output))
-    check_free(path)
+    access = Access.of(group)
+    check_free(path, access)
     readers = Readers.parse(compressor)
     # A recording waits for nobody, and nobody for it.
     silence = Silence(timeout, idle_timeout) if where.scheme != "recording" else Silence(FOREVER)
     observers = Observers(observe)
     crew = crew or Crew()
     crew.on_end(silence.cancel)
-    job = Migration(path, page_size, description_required, missing_allowed, readers, silence, crew, observers)
+    job = Migration(path, access, page_size, description_required, missing_allowed, readers, silence, crew, observers)
     driver: Source | None = None
     observed = ExitStack()
     with ExitStack() as last, ExitStack() as cleanup:
         # From the last to the first, once it is over: threads, connections, QEMU, files.
         cleanup.push(observed)
-        cleanup.callback(job.close)
+        cleanup.enter_context(undone(job.close))
         if where.scheme == "recording":
             main, others = open_recording(where.path)
             for connection in (main, *others):
@@ -146,10 +154,11 @@ def receive(
                 raise
             raise ended from error
         if digests:
-            last.callback(job.add_digests)  # the guest has waited long enough
+            # The guest has waited long enough.
+            last.callback(job.add_digests, plain=sha256, on_wait=on_digests)
         if driver is not None:
             _leave(driver, then)
-    return result
+    return replace(result, digest=job.digest)
 
 
 def _watch(driver: Source, silence: Silence, job: Migration) -> None:

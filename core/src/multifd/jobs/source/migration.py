@@ -10,19 +10,19 @@ from functools import partial
 from multifd.crew import Crew
 from multifd.effort.choice import Choice
 from multifd.engine.sender import Batch, SendChannels
-from multifd.errors import CallerError, HostError, MultifdError, PeerError, counted, os_errors
+from multifd.errors import HostError, MultifdError, PeerError, counted
 from multifd.jobs.report import Progress, Result
 from multifd.jobs.source.verdict import SUCCESSES, Saw, State, after, answered, seen, told
 from multifd.jobs.verdict import LAST_WORD
-from multifd.net.connection import MAIN_READ, Connection, Ended, Lost
+from multifd.net.connection import Connection, Ended, Lost
 from multifd.net.deadline import Silence
 from multifd.net.security import warn_exposed
 from multifd.net.socket import SocketConnection
 from multifd.observe.hooks import BACK, OUT
 from multifd.observe.observers import Observers
 from multifd.observe.watch import Watch
+from multifd.snapshot.digests import PIECE
 from multifd.snapshot.reader import BlockReader, Snapshot
-from multifd.wire.flags import PACKET_SIZE
 from multifd.wire.packet import InitPacket
 from multifd.wire.returnpath import RETURN_MESSAGE, ReturnPathParser
 from multifd.wire.writer import Writer
@@ -35,6 +35,7 @@ class Migration:
         self,
         source: Snapshot,
         blocks: Sequence[BlockReader],
+        device_state: Callable[[], Iterator[bytes]],
         link: Callable[[], SocketConnection],
         choice: Choice,
         channels: int,
@@ -47,6 +48,7 @@ class Migration:
     ) -> None:
         self._source = source
         self._blocks = blocks
+        self._device_state = device_state
         self._link = link
         self._choice = choice
         self._count = channels
@@ -108,9 +110,8 @@ class Migration:
         if self._source.device_state is None:
             main.write([writer.end()])
         else:
-            with os_errors(self._source.device_state, CallerError), open(self._source.device_state, "rb") as state:
-                while data := state.read(MAIN_READ):
-                    main.write([data])
+            for data in self._device_state():
+                main.write([data])
         self._saw(Saw.WRITTEN)
 
     def _saw(self, saw: Saw) -> None:
@@ -174,14 +175,14 @@ class Migration:
 
 
 def _batches(blocks: Sequence[BlockReader], *, read_holes: bool) -> Iterator[Batch]:
-    """All blocks in packets; what lies wholly in a hole of its file need not be read."""
+    """All blocks in pieces; what lies wholly in a hole of its file need not be read."""
     for block in blocks:
         length = block.block.used_length
         data = -1
-        for offset in range(0, length, PACKET_SIZE):
+        for offset in range(0, length, PIECE):
             if data <= offset:
                 data = block.next_data(offset)
-            size = min(PACKET_SIZE, length - offset)
+            size = min(PIECE, length - offset)
             yield Batch(block, offset, size, hole=data >= offset + size and not read_holes)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from multifd.net.security import connecting_wrap
 from multifd.net.uri import Uri
 from multifd.observe.hooks import OUT
 from multifd.observe.observers import Observers
+from multifd.snapshot.digests import Pieces
 from multifd.snapshot.format import SYNC_MODES
 from multifd.snapshot.reader import Snapshot, open_snapshot
 from multifd.wire.flags import PACKET_SIZE
@@ -42,6 +44,7 @@ def send(
     tls_creds: str | Path | None = None,
     tls_hostname: str | None = None,
     qmp: str | None = None,
+    verify: bool = True,
     observe: Sequence[str] = (),
     on_progress: OnProgress | None = None,
     crew: Crew | None = None,
@@ -62,7 +65,8 @@ def send(
     `tls_creds` is a directory of certificates as `multifd.net.tls` wants them, `tls_hostname`
     what the destination's has to name where that is not `uri`'s host; plain without.  `qmp` is the monitor of the
     destination's QEMU, started with `-incoming defer`: its settings are made to fit, it is told to
-    listen at `uri`, and its version and uuid are asked.
+    listen at `uri`, and its version and uuid are asked.  `verify` checks what is read of a snapshot against its
+    digests, where it has any, as it is read, and the device state before.
     `observe` are those that look on, each `NAME[=ARG]` (`multifd.observe.hooks`).  What `on_progress` raises fails the
     job.  `crew` is a new Crew, whose `cancel` ends the job from any thread.  Returns when the destination has
     confirmed.  Raises UsageError, CallerError, HostError, PeerError, CompressorError, Cancelled.
@@ -88,6 +92,11 @@ def send(
         raise UsageError(
             f"QEMU takes packets of one method: {ADAPTIVE} is between multifd's own ends; name a compressor"
         )
+    pieces: Sequence[Pieces | None] = source.load_pieces() if verify else ()
+    verified = source.digests.manifest if pieces and source.digests else None
+    if not verified:
+        log.debug(f"{source.path} is sent unchecked: {'it has no digests' if verify else 'as asked'}")
+        pieces = [None] * (len(source.blocks) + 2)
     observers = Observers(observe)
     crew = crew or Crew()
     silence = Silence(timeout)
@@ -101,11 +110,12 @@ def send(
             driver = Destination(qmp, channels=channels, method=choice.method, timeout=timeout, crew=crew)
             cleanup.enter_context(driver)
             uuid = uuid or driver.uuid
-        blocks = [cleanup.enter_context(item.open()) for item in source.blocks]
+        blocks = [cleanup.enter_context(item.open(its)) for item, its in zip(source.blocks, pieces, strict=False)]
         if driver is not None:
             driver.listen(str(target))
         link = partial(connect, target, silence, wrap=wrap)
-        job = Migration(source, blocks, link, choice, channels, zero_pages, sync, uuid, silence, crew, observers)
+        state = partial(source.read_device_state, pieces[-1])
+        job = Migration(source, blocks, state, link, choice, channels, zero_pages, sync, uuid, silence, crew, observers)
         cleanup.callback(job.close)
         cleanup.callback(crew.join)
         if on_progress is not None:
@@ -121,7 +131,7 @@ def send(
             if ended is error:
                 raise
             raise ended from error
-    return result
+    return replace(result, digest=verified)
 
 
 def _sample(source: Snapshot) -> bytes:

@@ -1,0 +1,305 @@
+"""Digests of a snapshot's files: of pieces of 1 MiB, so that many threads make them and each page sent can be checked.
+
+A file's digest is the SHA-256 of its list of pieces: offset, length and SHA-256 of each that is not all zero (RECORD),
+in the order of the file.  A hole and zeros are the same, and neither is read where the file system knows its holes.
+The lists lie in pieces.bin, one behind the other in the order of snapshot.json's `digests.files`: the blocks', the
+configuration's, the device state's.  The manifest digest stands for all of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import uuid as uuids
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from multifd.crew import Crew
+from multifd.errors import CallerError, HostError, os_errors
+from multifd.snapshot.directory import Directory
+from multifd.snapshot.format import FORMAT, INDEX, Index, get, get_digest
+
+PIECE = 1 << 20
+#: Offset, length, SHA-256; big-endian.
+RECORD = struct.Struct(">QQ32s")
+LIST = "pieces.bin"
+#: Bytes of the longest pieces.bin, of 16 TiB of memory.
+MAX_LIST = 768 << 20
+MAX_THREADS = 8
+#: Seconds after which somebody who waits is told what for.
+PATIENCE = 1.0
+_ZEROS = bytearray(PIECE)
+
+
+def is_zero(data: memoryview) -> bool:
+    """Whether at most a piece is all zero."""
+    # A bytearray on the left compares in one step (see `memory.zeropages`).
+    return (_ZEROS if len(data) == PIECE else _ZEROS[: len(data)]) == data
+
+
+def next_data(fd: int, offset: int, length: int) -> int:
+    """Where the first byte at or after `offset` is that is not in a hole; the file's length where none is."""
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError:
+        # Past the last data, or a file system that knows no holes: then look at everything.
+        try:
+            end = os.lseek(fd, 0, os.SEEK_END)
+            os.lseek(fd, offset, os.SEEK_HOLE)
+        except OSError:
+            return offset
+        return length if end >= length else offset
+
+
+def read_into(fd: int, offset: int, buffer: memoryview, path: Path, length: int) -> None:
+    """Fill `buffer` with the bytes from `offset` on of a file that had `length` bytes.  Raises HostError.
+
+    Read, not mapped: a mapped file that shrinks or fails kills the process with SIGBUS.
+    """
+    done = 0
+    while done < len(buffer):
+        at = offset + done
+        with os_errors(f"{path} cannot be read at byte {at}"):
+            count = os.preadv(fd, [buffer[done:]], at)
+        if not count:
+            raise HostError(
+                f"{path} shrank to {at} bytes while it was read; it had {length}: nothing was confirmed, start again"
+            )
+        done += count
+
+
+class Pieces:
+    """The list of one file's pieces, to check what is read of it; any thread may."""
+
+    def __init__(self, name: str, records: bytes) -> None:
+        """`name` is the RAM block's or the file's, for messages."""
+        self._name = name
+        self._records = records
+
+    def check(self, offset: int, data: memoryview) -> None:
+        """One whole piece of the file.  Raises HostError where it is not what was received."""
+        record = self._at(offset)
+        if not record:
+            right = is_zero(data)
+        else:
+            _, length, known = RECORD.unpack(record)
+            right = length == len(data) and hashlib.sha256(data).digest() == known
+        if not right:
+            raise self._wrong(offset, len(data))
+
+    def check_hole(self, offset: int, length: int) -> None:
+        """A piece that is a hole.  Raises HostError where it was none."""
+        if self._at(offset):
+            raise self._wrong(offset, length)
+
+    def _at(self, offset: int) -> bytes:
+        size = RECORD.size
+        found = bisect_left(
+            range(len(self._records) // size),
+            offset,
+            key=lambda number: RECORD.unpack_from(self._records, number * size)[0],
+        )
+        record = self._records[found * size : (found + 1) * size]
+        return record if record[:8] == offset.to_bytes(8, "big") else b""
+
+    def _wrong(self, offset: int, length: int) -> HostError:
+        return HostError(
+            f"{self._name}, offset {offset:#x}: these {length} bytes are not those that were received (SHA-256): the "
+            "snapshot was changed, or its disk fails; the migration was given up, --no-verify does without the check"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FileDigest:
+    """Of one file: how many pieces are listed, and the list's SHA-256; `sha256` is the content's, where it is known."""
+
+    pieces: int
+    digest: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Digests:
+    """What snapshot.json says of digests: of each file, in the order blocks, configuration, device state."""
+
+    manifest: str
+    files: tuple[FileDigest, ...]
+
+
+def manifest_digest(directory: Directory, index: Index, digests: Sequence[str]) -> str:
+    """What stands for the snapshot: all that `send` makes of it; `digests` are its files'.  Raises CallerError."""
+    files = [[directory.look(name).st_size, digest] for name, digest in zip(index.names, digests, strict=True)]
+    *blocks, configuration, device_state = files
+    text = {
+        "format": FORMAT,
+        "uuid": str(uuids.UUID(bytes=index.uuid)),
+        "machine": index.machine,
+        "page_size": index.page_size,
+        "sync": index.sync,
+        "blocks": [[block.idstr, *file] for block, file in zip(index.blocks, blocks, strict=True)],
+        "configuration": configuration,
+        "device_state": device_state,
+    }
+    return hashlib.sha256(json.dumps(text).encode()).hexdigest()
+
+
+def read_digests(index: Index) -> Digests | None:
+    """What the index says of digests; None where it has none.  Raises ValueError."""
+    if index.whole.get("digests") is None:
+        return None
+    whole = get(index.whole, "digests", dict)
+    files = []
+    for number, entry in enumerate(get(whole, "files", list)):
+        where = f"digests.files[{number}]."
+        pieces, listed = get(entry, "pieces", int, where), get_digest(entry, "digest", where)
+        if pieces < 0 or listed is None:
+            raise ValueError(f"{where}pieces or {where}digest makes no sense")
+        files.append(FileDigest(pieces, listed, get_digest(entry, "sha256", where)))
+    known = get_digest(whole, "manifest", "digests.")
+    if known is None or len(files) != len(index.files) + 2:
+        raise ValueError("digests.manifest or digests.files makes no sense")
+    if sum(file.pieces for file in files) * RECORD.size > MAX_LIST:
+        raise ValueError("digests.files: too many pieces")
+    return Digests(known, tuple(files))
+
+
+def load_pieces(directory: Directory, index: Index, digests: Digests) -> list[Pieces]:
+    """The lists of pieces, each of which is what the index says.
+
+    Raises CallerError where one of them, or the index, is not as it was when the digests were made.
+    """
+    if manifest_digest(directory, index, [file.digest for file in digests.files]) != digests.manifest:
+        raise _changed(directory.path / INDEX)
+    data = directory.read(LIST, sum(file.pieces for file in digests.files) * RECORD.size)
+    found = []
+    start = 0
+    shown = [*(block.idstr for block in index.blocks), *index.names[-2:]]
+    for name, file in zip(shown, digests.files, strict=True):
+        records = data[start : start + file.pieces * RECORD.size]
+        start += len(records)
+        if hashlib.sha256(records).hexdigest() != file.digest:
+            raise _changed(directory.path / LIST)
+        found.append(Pieces(f"{directory.path}: {name}", records))
+    return found
+
+
+def _changed(path: Path) -> CallerError:
+    return CallerError(
+        f"{path} is not as it was when the digests were made: nothing was sent, --no-verify does without the check"
+    )
+
+
+@dataclass(slots=True)
+class _File:
+    """One to be digested; threads add to `records`."""
+
+    fd: int
+    path: Path
+    length: int
+    records: dict[int, bytes] = field(default_factory=dict)
+    sha256: str | None = None
+
+
+class _Digesting:
+    """Threads that each take the next piece."""
+
+    def __init__(self, files: Sequence[_File], crew: Crew, *, plain: bool) -> None:
+        self._crew = crew
+        self._files = files
+        self._tasks = self._listed(plain=plain)  # guarded by the crew's lock, as is `working`
+        self.working = 0
+
+    def run(self, name: str, on_wait: Callable[[], None]) -> None:
+        """Wait for all of them; `name` is each thread's.  Raises Cancelled, HostError where there is no thread."""
+        self.working = min(MAX_THREADS, len(os.sched_getaffinity(0)))
+        for _ in range(self.working):
+            self._crew.spawn(name, self._work)
+        with self._crew.changed:
+            done = self._crew.wait_for(lambda: not self.working, PATIENCE)
+        if not done:
+            on_wait()
+            with self._crew.changed:
+                self._crew.wait_for(lambda: not self.working)
+
+    def _listed(self, *, plain: bool) -> Iterator[Callable[[memoryview], None]]:
+        if plain:  # these are the longest
+            for file in sorted(self._files, key=lambda file: -file.length):
+                yield partial(self._whole, file)
+        for file in self._files:
+            offset = 0
+            while (data := next_data(file.fd, offset, file.length)) < file.length:
+                offset = data // PIECE * PIECE
+                yield partial(self._piece, file, offset)
+                offset += PIECE
+
+    def _work(self) -> None:
+        buffer = memoryview(bytearray(PIECE))
+        while True:
+            with self._crew.changed:
+                self._crew.check()
+                task = next(self._tasks, None)
+                if task is None:
+                    self.working -= 1
+                    self._crew.changed.notify_all()
+                    return
+            task(buffer)
+
+    def _piece(self, file: _File, offset: int, buffer: memoryview) -> None:
+        data = buffer[: file.length - offset]
+        read_into(file.fd, offset, data, file.path, file.length)
+        if not is_zero(data):
+            file.records[offset] = RECORD.pack(offset, len(data), hashlib.sha256(data).digest())
+
+    def _whole(self, file: _File, buffer: memoryview) -> None:
+        found = hashlib.sha256()
+        for offset in range(0, file.length, PIECE):
+            self._crew.check()
+            data = buffer[: file.length - offset]
+            read_into(file.fd, offset, data, file.path, file.length)
+            found.update(data)
+        file.sha256 = found.hexdigest()
+
+
+def make_digests(
+    directory: Directory, names: Sequence[str], crew: Crew, *, plain: bool, on_wait: Callable[[], None]
+) -> tuple[list[FileDigest], bytes]:
+    """The digests of files, and pieces.bin.  `on_wait` is called where they are not there within PATIENCE.
+
+    Raises HostError, CallerError; Cancelled where the crew is, which is for this alone and over then.
+    """
+    with ExitStack() as cleanup:
+        files = []
+        for name in names:
+            with os_errors(directory.path / name):
+                fd = directory.open(name)
+                cleanup.callback(os.close, fd)
+                files.append(_File(fd, directory.path / name, os.fstat(fd).st_size))
+        cleanup.callback(crew.join)
+        digesting = _Digesting(files, crew, plain=plain)
+        name = f"the digests of {directory.path}, which is complete without them"
+        crew.run(name, partial(digesting.run, name, on_wait))
+    found, lists = [], []
+    for file in files:
+        records = b"".join(record for _, record in sorted(file.records.items()))
+        lists.append(records)
+        found.append(FileDigest(len(file.records), hashlib.sha256(records).hexdigest(), file.sha256))
+    return found, b"".join(lists)
+
+
+def described(directory: Directory, index: Index, files: Sequence[FileDigest]) -> dict[str, Any]:
+    """For snapshot.json.  Raises CallerError."""
+    return {
+        "manifest": manifest_digest(directory, index, [file.digest for file in files]),
+        "piece_size": PIECE,
+        "files": [
+            {"pieces": file.pieces, "digest": file.digest} | ({"sha256": file.sha256} if file.sha256 else {})
+            for file in files
+        ],
+    }
