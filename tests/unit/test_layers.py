@@ -39,15 +39,18 @@ TABLES = {"__init__", "_compat"}
 #: Names that only these may import, modules or whole packages.
 ROOMS = {
     "socket": {"net"},
-    "select": {"net", "cli.signals"},
+    "select": {"net", "codec.children", "cli.signals"},
     "selectors": {"net.door"},
     "ssl": {"net.tls"},
     "threading": {
         "crew",
         "cli.signals",
+        "cli.stdout",
         "net.tls",
         "net.door",
         "net.lookup",
+        "codec.hooks",
+        "codec.naming",
         "codec.readers",
         "effort.controller",
         "observe.observers",
@@ -58,7 +61,7 @@ ROOMS = {
         "testing.checks",
     },
     "pluggy": {"hookspecs", "codec.hooks"},
-    "subprocess": {"codec.probing", "testing.pytest_plugin"},
+    "subprocess": {"codec.children", "testing.pytest_plugin"},
 }
 MOST_LINES = 400
 #: Longer ones, and why.

@@ -18,12 +18,14 @@ from multifd.cli import commands
 from multifd.cli.options import choose_plugins
 from multifd.cli.output import say, show_warning
 from multifd.cli.signals import Stopped, ignore_at_exit, leave_stuck, run_alone, run_beside, settle
+from multifd.cli.stdout import protect
 from multifd.crew import Crew
 from multifd.errors import MultifdError, UsageError
 
 
 def main(argv: Sequence[str]) -> int:
     """Run one command; returns the exit code: 0, 1 for an error, 2 for usage, 128 + its number for a signal."""
+    protect()
     ignore_at_exit()  # at first: what plugins do at exit comes before it
     warnings.showwarning = show_warning
     warnings.simplefilter("always", RuntimeWarning)

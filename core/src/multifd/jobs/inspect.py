@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+from multifd.codec.naming import learn
 from multifd.engine.headers import read_packet
 from multifd.errors import CallerError, MultifdError, PeerError, counted, os_errors
 from multifd.net.connection import MAIN_READ, Connection, Ended
@@ -210,6 +211,7 @@ def _channel(connection: Connection, parser: Parser, head: dict[str, Any]) -> _T
             tally.add(packet)
             if packet.normal or packet.zero:
                 check_packet(head.get("by_name", {}), packet, size)
+                learn(packet.method)
                 tally.methods[method_name(packet.method)] += 1
                 left = packet.next_packet_size
                 while left:

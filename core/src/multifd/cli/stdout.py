@@ -1,0 +1,80 @@
+"""Standard output is the command's: what a plugin prints, or its library, reaches standard error.
+
+`print` of a plugin's code comes there with the plugin's name; what a library writes to descriptor 1 comes as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from contextlib import suppress
+from types import CodeType, FrameType
+from typing import Any, TextIO
+
+#: Where plugins' code is called: module, function -> the name there of whom it belongs to.
+CALLS = {
+    ("multifd.codec.hooks", "call"): "self",
+    ("multifd.codec.discovery", "load_plugin"): "found",
+    ("multifd.codec.discovery", "add_file"): "path",
+}
+
+
+def protect() -> None:
+    """Make standard output the command's own, as long as the process lives.  Once, before any plugin is imported."""
+    if sys.stdout is None:  # it was closed: nothing that is opened may come into its place
+        with suppress(OSError):
+            os.dup2(2, 1)
+        return
+    sys.stdout.flush()
+    try:
+        own = os.dup(1)
+        os.dup2(2, 1)
+    except OSError:  # standard error is closed
+        return
+    stream = open(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors, closefd=False)  # noqa: SIM115
+    sys.stdout = _Parted(stream)
+
+
+class _Parted:
+    """`sys.stdout`: the command's text goes on, a plugin's is turned to standard error."""
+
+    def __init__(self, own: TextIO) -> None:
+        self._own = own
+        self._begun: dict[int, str] = {}
+
+    def write(self, text: str) -> int:
+        who = _plugin(sys._getframe(1))
+        if who is None:
+            return self._own.write(text)
+        thread = threading.get_ident()
+        *lines, rest = (self._begun.pop(thread, "") + text).split("\n")
+        if rest:
+            self._begun[thread] = rest
+        for line in lines:
+            with suppress(OSError, ValueError):  # nobody looks on
+                print(f"multifd: {who} printed: {line}", file=sys.stderr, flush=True)
+        return len(text)
+
+    @property
+    def buffer(self) -> Any:
+        """Below the text: a plugin's bytes go to standard error as they are."""
+        return (self._own if _plugin(sys._getframe(1)) is None else sys.stderr).buffer
+
+    def writelines(self, lines: Any) -> None:
+        self.write("".join(lines))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+
+def _plugin(frame: FrameType | None) -> str | None:
+    """The plugin whose code prints, by the calls that it is in; None for the command itself."""
+    while frame is not None:
+        code: CodeType = frame.f_code
+        if found := CALLS.get((frame.f_globals.get("__name__", ""), code.co_name)):
+            return str(frame.f_locals.get(found))
+        frame = frame.f_back
+    if threading.current_thread().name in ("MainThread", "the command"):
+        return None
+    return "a plugin's thread"
