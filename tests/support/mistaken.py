@@ -18,7 +18,7 @@ import zlib
 from multifd.hookspecs import Channel, Facts, Option, Probe, hookimpl
 @hookimpl
 def multifd_compressor():
-    return Facts("{name}", "{name}", 31, "an example", levels=range(1, 10), default_level=1)
+    return Facts("{name}", "{name}", {flag}, "an example", levels=range(1, 10), default_level=1)
 @hookimpl
 def multifd_probe():
     return Probe(True, "zlib", "1")
@@ -84,8 +84,8 @@ ON_LOAD = {
         "calls itself 'other', its entry point 'renamed'",
         "`name` is the entry point's name:",
     ),
-    "flag": ("31", "'31'", "flag is '31' (str), not an int", "`flag` is the method's number"),
-    "truth": ("31", "True", "flag is True (bool), not an int", "`flag` is the method's number"),
+    "flag": ("{flag}", "'31'", "flag is '31' (str), not an int", "`flag` is the method's number"),
+    "truth": ("{flag}", "True", "flag is True (bool), not an int", "`flag` is the method's number"),
     "level": (r"range\(1, 10\)", "9", "levels is 9 (int), neither a range in steps of 1", "`levels` is the range"),
     "default": (
         "default_level=1",
@@ -113,25 +113,27 @@ ON_LOAD = {
 }
 
 
+def plain(name: str) -> str:
+    """The module of one that works."""
+    return PLAIN.replace("{name}", name).replace("{flag}", "31")
+
+
 def on_load(name: str) -> str:
     """The module of one of ON_LOAD."""
     pattern, instead, *_ = ON_LOAD[name]
-    return re.sub(pattern if pattern != "$" else r"\Z", lambda _: instead, PLAIN).replace("{name}", name)
+    text = re.sub(pattern if pattern != "$" else r"\Z", lambda _: instead, PLAIN)
+    return text.replace("{name}", name).replace("{flag}", "31")
 
 
 class Toy:
-    """Stores; `mistake` is called where its class says, at the first packet only where `once`."""
+    """Stores; `mistake` is called where it says, with what the hook is given, and its result handed back."""
 
     def __init__(self, where: str = "", mistake: Callable[[Any], Any] = lambda _: None) -> None:
         self.where = where
         self.mistake = mistake
-        self.made = 0
 
     def at(self, where: str, argument: Any) -> Any:
-        if where == self.where and self.made < 2:
-            self.made += 1
-            return self.mistake(argument)
-        return None
+        return self.mistake(argument) if where == self.where else None
 
     @hookimpl
     def multifd_compressor(self) -> Facts:

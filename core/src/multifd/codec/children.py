@@ -15,7 +15,6 @@ import mmap
 import os
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from importlib import import_module
@@ -28,8 +27,9 @@ from multifd.wire.packet import Buffer
 
 #: Seconds in which a child says something, or else it hangs.
 LIMIT = 10.0
-#: Bytes of its last line that are told.
+#: Characters of the last line that it printed which are told, and bytes in which that is looked for.
 LAST_LINE = 200
+TAIL = 4096
 CHILD = (
     "import json, os, sys; task = json.loads(os.pread(0, os.fstat(0).st_size, 0)); sys.path[:] = task['path']; "
     "from multifd.codec.children import begin; begin(task)"
@@ -102,7 +102,7 @@ def answers(
         stack.callback(child.wait)
         stack.enter_context(undone(kill))
         crew.on_end(kill)
-        words: deque[bytes] = deque(maxlen=2)
+        words = b""
         begun = b""
         done = False
         poll = select.poll()
@@ -115,7 +115,7 @@ def answers(
                 raise Died(_with_words(f"it did not answer within {limit:g} s", words))
             if printed.fileno() in ready:
                 if text := os.read(printed.fileno(), 65536):
-                    words.append(text[-65536:])
+                    words = (words + text)[-TAIL:]
                 else:
                     poll.unregister(printed)
             if out.fileno() in ready:
@@ -136,7 +136,7 @@ def answers(
                 child.wait(max(0.0, deadline - time.monotonic()))
             os.set_blocking(printed.fileno(), False)  # another process of its may hold it open
             with suppress(BlockingIOError):
-                words.append(os.read(printed.fileno(), 65536))
+                words += os.read(printed.fileno(), 65536)
             raise Died(_with_words(f"its process died ({_how(child.returncode)})", words))
 
 
@@ -158,8 +158,8 @@ def _how(status: int | None) -> str:
     return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
 
 
-def _with_words(how: str, words: Iterable[bytes]) -> str:
-    lines = [line for line in b"".join(words).decode(errors="replace").splitlines() if line.strip()]
+def _with_words(how: str, words: bytes) -> str:
+    lines = [line for line in words.decode(errors="replace").splitlines() if line.strip()]
     if not lines:
         return how
     last = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in lines[-1].strip())

@@ -55,9 +55,10 @@ class Compressor(Hooks):
 
     def encode(self, channel: Channel, pages: Sequence[memoryview]) -> Sequence[Buffer]:
         """A packet's payload: a sequence of buffers of bytes, 1 to MAX_PAYLOAD in all.  Raises CompressorError."""
+        pages = tuple(pages)  # which nobody can change
         payload: Sequence[Buffer] = self.call("multifd_send_prepare", channel=channel, pages=pages)
         try:
-            fault = contract.payload_fault(payload) or self._channel_fault(channel)
+            fault = contract.payload_fault(payload, pages) or self._channel_fault(channel)
         except BaseException as error:  # what it returned is the plugin's, too
             check_own(error)
             raise self.failed("multifd_send_prepare", error) from error

@@ -197,7 +197,7 @@ def _timed(name: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
     if (seconds := time.perf_counter() - started) > SLOW_IMPORT:
-        sentence = "a library, and a Python package that brings one along, is touched in the probe and in set-up"
+        sentence = "The import takes less than a second: whoever names the compressor waits for it."
         slow[name] = breaks(f"importing it took {seconds:.1f} s", sentence)
         log.warning("%s: %s", name, slow[name])
 
