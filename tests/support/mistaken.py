@@ -102,6 +102,12 @@ ON_LOAD = {
         "The type is",
     ),
     "lines": ('"an example"', '"an\\nexample"', "not one line of text", "`summary` is one line for people."),
+    "wraps": (
+        "@hookimpl\ndef multifd_recv",
+        "@hookimpl(wrapper=True)\ndef multifd_recv",
+        "its hooks do not fit this",
+        "",
+    ),
     "facts": ("return Facts", "return tuple", "import failed|TypeError|not Facts", ""),
     "devices": (
         '"zlib", "1"',

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 from contextlib import suppress
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any, TextIO
 
 #: Where plugins' code is called: module, function -> the name there of whom it belongs to.
@@ -70,11 +70,11 @@ class _Parted:
 
 def _plugin(frame: FrameType | None) -> str | None:
     """The plugin whose code prints, by the calls that it is in; None for the command itself."""
+    own = False
     while frame is not None:
-        code: CodeType = frame.f_code
-        if found := CALLS.get((frame.f_globals.get("__name__", ""), code.co_name)):
+        module = str(frame.f_globals.get("__name__"))
+        if found := CALLS.get((module, frame.f_code.co_name)):
             return str(frame.f_locals.get(found))
+        own = own or module.startswith("multifd.")
         frame = frame.f_back
-    if threading.current_thread().name in ("MainThread", "the command"):
-        return None
-    return "a plugin's thread"
+    return None if own else "a plugin's thread"
