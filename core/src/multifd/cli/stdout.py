@@ -41,20 +41,25 @@ class _Parted:
 
     def __init__(self, own: TextIO) -> None:
         self._own = own
-        self._begun: dict[int, str] = {}
+        #: By thread: what it printed of a line, and whose it is.
+        self._begun: dict[int, tuple[str, str]] = {}
 
     def write(self, text: str) -> int:
         who = _plugin(sys._getframe(1))
         if who is None:
             return self._own.write(text)
         thread = threading.get_ident()
-        *lines, rest = (self._begun.pop(thread, "") + text).split("\n")
+        *lines, rest = (self._begun.pop(thread, ("", ""))[1] + text).split("\n")
         if rest:
-            self._begun[thread] = rest
+            self._begun[thread] = who, rest
         for line in lines:
-            with suppress(OSError, ValueError):  # nobody looks on
-                print(f"multifd: {who} printed: {line}", file=sys.stderr, flush=True)
+            _tell(who, line)
         return len(text)
+
+    def flush(self) -> None:
+        for thread in list(self._begun):
+            _tell(*self._begun.pop(thread))
+        self._own.flush()
 
     @property
     def buffer(self) -> Any:
@@ -66,6 +71,11 @@ class _Parted:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._own, name)
+
+
+def _tell(who: str, line: str) -> None:
+    with suppress(OSError, ValueError):  # nobody looks on
+        print(f"multifd: {who} printed: {line}", file=sys.stderr, flush=True)
 
 
 def _plugin(frame: FrameType | None) -> str | None:

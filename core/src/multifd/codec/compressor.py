@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from multifd import hookspecs
 from multifd.codec import contract
@@ -40,7 +39,7 @@ class Compressor(Hooks):
             self.name = facts.name
         if fault := contract.facts_fault(facts, self.name, distribution):
             raise WrongFacts(f"{self}: {fault}")
-        self.facts = replace(facts, options=tuple(facts.options), ladder=tuple(facts.ladder))
+        self.facts = facts
         name_method(facts.flag, facts.method)
 
     def __str__(self) -> str:

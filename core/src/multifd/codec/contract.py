@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
 from types import ModuleType
+from typing import Any
 
 from multifd import hookspecs
 from multifd.errors import CompressorError
@@ -85,9 +86,8 @@ def hooks_fault(plugin: object) -> str:
 
 def _about_hooks(plugin: object) -> Iterator[Question]:
     specs = {name: getattr(hookspecs, name) for name in vars(hookspecs) if name.startswith("multifd_")}
-    marked: dict[str, object] = {}
+    marked: dict[str, tuple[object, dict[str, Any]]] = {}
     unmarked: list[str] = []
-    optional = set()
     for name in dir(plugin):
         there = inspect.getattr_static(plugin, name, None)
         plain = inspect.isfunction(there) or inspect.ismethod(there) or inspect.isbuiltin(there)
@@ -95,10 +95,7 @@ def _about_hooks(plugin: object) -> Iterator[Question]:
             function = getattr(plugin, name)
             mark = getattr(function, f"{PROJECT}_impl", None)
             if isinstance(mark, dict):
-                hook = mark.get("specname") or name
-                marked[hook] = function
-                if mark.get("optionalhook"):
-                    optional.add(hook)
+                marked[mark.get("specname") or name] = function, mark
             elif name.startswith("m"):
                 unmarked.append(name)
     what = "module" if isinstance(plugin, ModuleType) else type(plugin).__name__
@@ -107,15 +104,16 @@ def _about_hooks(plugin: object) -> Iterator[Question]:
     hint = f": put @hookimpl above {', '.join(bare)}" if bare else ""
     yield bool(marked), f"its {what} has no function that is marked with @hookimpl{hint}", MARKED
     missing = [name for name in specs if name not in marked]
-    for name in [*(marked.keys() - specs.keys() - optional), *unmarked]:
-        if name in marked or name.startswith("multifd_"):
-            yield name not in missing, f"{name} is not marked with @hookimpl", MARKED
+    unknown = [name for name, (_, mark) in marked.items() if name not in specs and not mark.get("optionalhook")]
+    for name in [*unknown, *unmarked]:
+        yield name not in missing, f"{name} is not marked with @hookimpl", MARKED
         near = _alike(name, missing)
         yield name not in marked and not near, f"{name} is no hook{near}", MUST_BE_THERE
     for name in REQUIRED:
         yield name in marked, f"it has no {name}", MUST_BE_THERE
-    for hook in specs.keys() & marked.keys():
-        yield from _about_function(hook, marked[hook], specs[hook])
+    for hook, spec in specs.items():
+        if hook in marked:
+            yield from _about_function(hook, *marked[hook], spec)
 
 
 def _alike(name: str, missing: Sequence[str]) -> str:
@@ -125,15 +123,12 @@ def _alike(name: str, missing: Sequence[str]) -> str:
     return f": did you mean {near[0]}?" if near else ""
 
 
-def _about_function(hook: str, function: object, spec: object) -> Iterator[Question]:
+def _about_function(hook: str, function: object, mark: dict[str, Any], spec: object) -> Iterator[Question]:
     assert callable(function)
     assert callable(spec)
-    runs_later = inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
-    wraps = getattr(function, f"{PROJECT}_impl").get("wrapper") or getattr(function, f"{PROJECT}_impl").get(
-        "hookwrapper"
-    )
-    if inspect.isgeneratorfunction(function) and not wraps:
-        runs_later = True
+    wraps = mark.get("wrapper") or mark.get("hookwrapper")
+    yields = inspect.isgeneratorfunction(function) and not wraps
+    runs_later = yields or inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
     yield not runs_later, f"{hook} is a generator or async: calling it does nothing", ARGUMENTS
     known = inspect.signature(spec).parameters
     try:

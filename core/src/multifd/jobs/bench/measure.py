@@ -267,10 +267,22 @@ def _measure_all(
                 return
 
 
+class _Telling(logging.Handler):
+    """What a child logs is told by its parent."""
+
+    def __init__(self, say: Say) -> None:
+        super().__init__(logging.WARNING)
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._say({"told": record.getMessage()})
+
+
 def child(task: Mapping[str, Any], data: memoryview, say: Say) -> None:
     """The child's part: what is left of a compressor's levels, measured; says something at each packet."""
     warnings.showwarning = lambda message, *_, **__: say({"told": str(message)})
     warnings.simplefilter("always", RuntimeWarning)
+    log.addHandler(_Telling(say))
     try:
         compressor = load(task["name"])
     except MultifdError as error:
