@@ -40,22 +40,41 @@ class Provider:
 
     name: str
     load: Callable[[], object]
-    #: The distribution's name and version, empty for a file.
-    owner: str = ""
-    version: str = ""
+    dist: metadata.Distribution | None = None
     path: str = ""
     #: `module:attribute` of an entry point.
     target: str = ""
-    #: What is wrong with the distribution itself, or empty.
-    flaw: str = ""
 
     def __str__(self) -> str:
-        return f"{self.owner} {self.version}".strip() or self.path
+        return " ".join(_owner(self.dist)[:2]).strip() if self.dist else self.path
+
+    @property
+    def owner(self) -> str:
+        """The distribution's name; empty for a file."""
+        return _owner(self.dist)[0] if self.dist else ""
+
+    @property
+    def flaw(self) -> str:
+        """What is wrong with the distribution itself, or empty."""
+        return _owner(self.dist)[2] if self.dist else ""
 
     @property
     def off(self) -> str:
         """What turns it off."""
         return f"--disable {self.owner}" if self.owner else f"no --plugin {self.path}"
+
+
+@cache
+def _owner(dist: metadata.Distribution) -> tuple[str, str, str]:
+    """A distribution's name, its version, and what is wrong with it; reads a file."""
+    try:
+        if dist.name and dist.version:
+            return dist.name, dist.version, ""
+    except Exception:  # noqa: BLE001 - what a missing one raises depends on the version of Python
+        pass
+    folder = Path(str(getattr(dist, "_path", "nameless-0.dist-info")))  # what pip left: NAME-VERSION.dist-info
+    name, _, version = folder.stem.partition("-")
+    return name, version, f"{folder} has no METADATA: install it again, or remove that directory"
 
 
 #: Of `--plugin`.
@@ -65,17 +84,7 @@ slow: dict[str, str] = {}
 
 
 def _provider(entry: metadata.EntryPoint) -> Provider:
-    dist = entry.dist
-    try:
-        owner, version = (dist.name, dist.version) if dist else ("", "")
-    except Exception:  # noqa: BLE001 - which it is depends on the version of Python
-        owner = version = ""
-    flaw = ""
-    if not owner or not version:  # what pip left of it; its directory is NAME-VERSION.dist-info
-        folder = Path(str(getattr(dist, "_path", "nameless")))
-        owner, _, version = folder.name.rpartition(".")[0].partition("-")
-        flaw = f"{folder} has no METADATA: install it again, or remove that directory"
-    return Provider(entry.name, entry.load, owner or "nameless", version, target=entry.value, flaw=flaw)
+    return Provider(entry.name, entry.load, entry.dist, target=entry.value)
 
 
 @cache

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import shlex
-import sysconfig
 import warnings
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from multifd.codec.compressor import Compressor
 from multifd.codec.discovery import load_plugin, misplaced, misplaced_text, provider_of, providers
@@ -71,7 +67,11 @@ def how_to_install(distribution: str) -> str:
 
     It is on no index: pip would look for it in vain, or find somebody else's.
     """
+    import json
+    import shlex
+    import sysconfig
     from importlib import metadata
+    from urllib.parse import unquote, urlsplit
 
     folder = distribution.removeprefix("multifd-")
     try:
