@@ -98,6 +98,12 @@ def test_a_slow_import_is_told(site: Site) -> None:
     assert line.startswith("slow: importing it took ")
 
 
+def test_one_that_prints_for_ever_hangs(site: Site) -> None:
+    site.install("shouts", "while True: print('no card \\x1b[2J')")
+    code = f"{IMPORTS}print(probe_all(['shouts'], 3)[0]['reason'])"
+    assert site.run("-c", code).stdout == "it did not answer within 3 s: no card \\x1b[2J\n"
+
+
 # --- found on the hot path ---
 
 

@@ -111,7 +111,7 @@ def answers(
         deadline = time.monotonic() + limit
         while True:
             ready = [descriptor for descriptor, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000)]
-            if not ready:
+            if out.fileno() not in ready and time.monotonic() >= deadline:  # it may print for ever
                 raise Died(_with_words(f"it did not answer within {limit:g} s", words))
             if printed.fileno() in ready:
                 if text := os.read(printed.fileno(), 65536):
