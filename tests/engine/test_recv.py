@@ -8,7 +8,7 @@ import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import streams
 from multifd.codec import readers
 from multifd.codec.compressor import Compressor
 from multifd.errors import CompressorError, HostError, MultifdError, PeerError, UsageError
-from multifd.hookspecs import Channel, Facts, hookimpl
+from multifd.hookspecs import Channel, Facts, Probe, hookimpl
 from multifd.jobs.report import Result
 from multifd.snapshot.writer import BlockFile
 
@@ -427,6 +427,14 @@ class Careless:
     @hookimpl
     def multifd_compressor(self) -> Facts:
         return Facts("careless", "careless", 31, "breaks the rules")
+
+    @hookimpl
+    def multifd_probe(self) -> Probe:
+        return Probe(True, "none")
+
+    @hookimpl
+    def multifd_send_prepare(self, pages: Sequence[memoryview]) -> Sequence[memoryview]:
+        return pages
 
     @hookimpl
     def multifd_recv(self, channel: Channel) -> None:

@@ -17,6 +17,12 @@ def multifd_compressor():
 @hookimpl
 def multifd_probe():
     return Probe(True, "lib", "1.0", hardware={hardware})
+@hookimpl
+def multifd_send_prepare(pages):
+    return pages
+@hookimpl
+def multifd_recv(channel, pages):
+    channel.read_into(pages)
 """
 
 #: What snippets on compressors begin with.

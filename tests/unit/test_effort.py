@@ -21,7 +21,7 @@ from multifd.effort.choice import Choice
 from multifd.effort.controller import Effort
 from multifd.effort.sampling import looks_random
 from multifd.errors import CompressorError, HostError, UsageError
-from multifd.hookspecs import Facts, hookimpl
+from multifd.hookspecs import Facts, Probe, hookimpl
 from pairs import PAGE
 
 PACKET = 512 * 1024
@@ -206,7 +206,15 @@ def test_one_that_fails_while_it_is_measured_is_told() -> None:
             return Facts("broken", "broken", 31, "fails", levels=range(3), default_level=1, ladder=(0, 1))
 
         @hookimpl
+        def multifd_probe(self) -> Probe:
+            return Probe(True, "none")
+
+        @hookimpl
         def multifd_send_prepare(self) -> None:
+            raise CompressorError("no device really")
+
+        @hookimpl
+        def multifd_recv(self) -> None:
             raise CompressorError("no device really")
 
     compressor = Compressor("broken", Broken(), "test 1")

@@ -40,7 +40,7 @@ TABLES = {"__init__", "_compat"}
 #: Names that only these may import, modules or whole packages.
 ROOMS = {
     "socket": {"net"},
-    "select": {"net", "cli.signals", "cli.lines"},
+    "select": {"net", "codec.children", "cli.signals", "cli.lines"},
     "selectors": {"net.door"},
     "ssl": {"net.tls"},
     "threading": {
@@ -48,9 +48,12 @@ ROOMS = {
         "crew",
         "cli.signals",
         "cli.lines",
+        "cli.stdout",
         "net.tls",
         "net.door",
         "net.lookup",
+        "codec.hooks",
+        "codec.naming",
         "codec.readers",
         "effort.controller",
         "observe.observers",
@@ -61,7 +64,7 @@ ROOMS = {
         "testing.checks",
     },
     "pluggy": {"hookspecs", "codec.hooks"},
-    "subprocess": {"codec.probing", "testing.pytest_plugin"},
+    "subprocess": {"codec.children", "testing.pytest_plugin"},
 }
 MOST_LINES = 400
 #: Longer ones, and why.

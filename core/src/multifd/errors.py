@@ -101,8 +101,11 @@ class os_errors:  # noqa: N801 - read as a verb: `with os_errors(path):`
 
 
 def describe(error: BaseException) -> str:
-    """An exception in one line."""
-    text = " ".join(str(error).split())
+    """An exception in one line; a plugin's may have no text that can be read."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # noqa: BLE001 - it is somebody else's
+        text = ""
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

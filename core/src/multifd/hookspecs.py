@@ -7,7 +7,9 @@ set-up and cleanup may be left out where there is nothing to do.  A function tak
 hook's arguments that it names.
 
 Importing the module and asking it for its facts must work where no library can be loaded: a
-library, and a Python package that brings one along, is touched in the probe and in set-up.
+library, and a Python package that brings one along, is touched in the probe and in set-up.  The import takes less
+than a second: whoever names the compressor waits for it.  Standard output is the command's: what a compressor or its
+library prints comes on standard error, with its name.
 
 One channel in one direction belongs to one thread, from set-up to cleanup: its hooks are never
 called by two at once, and different channels run at the same time.  The facts and the probe may
@@ -90,11 +92,11 @@ class Option:
 class Facts:
     """What a compressor says of itself without touching its library.
 
-    `name` is the entry point's name: the method's, or METHOD-suffix.  `flag` is the method's
-    number in the compression field: QEMU's for its methods, 27..31 for third parties.  A flag of
-    QEMU's promises QEMU's payloads.  `summary` is one line for people.  `levels` is the range of
-    levels the sending side takes, every one of them, and `default_level` one of it; both are None
-    where there is no level.  `ladder` are levels that may follow each other on one channel while it
+    `name` is the entry point's name: the method's, or METHOD-suffix, of up to 64 ASCII letters and digits, `.`, `_`
+    and `-`.  `flag` is the method's number in the compression field: QEMU's for its methods, 27..31
+    for third parties.  A flag of QEMU's promises QEMU's payloads.  `summary` is one line for people.
+    `levels` is the range of levels the sending side takes, every one of them, and `default_level` one of it;
+    both are None where there is no level.  `ladder` are levels that may follow each other on one channel while it
     runs, for `level=adaptive`, the fastest first, which stores and need not be one of `levels`;
     empty where there can be none.
     """
@@ -139,8 +141,8 @@ class Channel:
     ladder before any packet, and the compressor leaves the level there that it used, if its stream
     cannot change at once.  `compress_data` is the compressor's own, None at
     set-up.  `next_packet_size` is the length in bytes of the payload `recv` has to read.  `counts`
-    is the compressor's to fill: the way that a packet took -> how many did; core adds up the
-    channels' for the result.
+    is the compressor's to fill: the way that a packet took -> how many did.  A way is one short line,
+    and there are 64 at most; core adds up the channels' for the result.
     """
 
     id: int

@@ -43,7 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise CallerError(f"{folder} is not a directory: create it first")
     links = [arguments.link] if arguments.link else LINKS
     measuring = sys.stderr.isatty()
-    found = bench(arguments.path, cores=arguments.cores, on_setting=rewrite if measuring else None)
+    on_setting = rewrite if measuring else None
+    found = bench(arguments.path, cores=arguments.cores, on_setting=on_setting, crew=arguments.crew)
     if measuring:
         rewrite("")
     if arguments.json:

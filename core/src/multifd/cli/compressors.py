@@ -19,9 +19,9 @@ def configure(parser: argparse.ArgumentParser) -> Run:
 def run(arguments: argparse.Namespace) -> int:
     """Do it."""
     from multifd.codec.probing import compressors
-    from multifd.codec.selection import distributions
+    from multifd.codec.selection import distributions, how_to_install
 
-    rows = compressors()
+    rows = compressors(arguments.crew)
     if arguments.json:
         emit_json(rows)
         return 0
@@ -31,11 +31,11 @@ def run(arguments: argparse.Namespace) -> int:
         detail = f"{row['provider']} {row['version']}".strip() if row["available"] else ""
         if row["devices"]:
             detail += f" on {', '.join(row['devices'])}"
-        detail = "; ".join(filter(None, (detail, row["reason"], row["install"] if row["reason"] else "")))
+        detail = "; ".join(filter(None, (detail, row["reason"], row["install"] if row["reason"] else "", row["note"])))
         table.append((row["name"], row["method"], str(row["flag"]), state, f"{detail} [{row['distribution']}]"))
     print_table(table)
     have = {row["name"] for row in rows}
     for name, distribution in distributions().items():
         if name not in have:
-            emit(f"not installed: {name} (pip install {distribution})")
+            emit(f"not installed: {name} ({how_to_install(distribution)})")
     return 0

@@ -18,6 +18,7 @@ from multifd import __version__
 from multifd.cli import commands, lines, records
 from multifd.cli.options import choose_plugins
 from multifd.cli.signals import Stopped, ignore_at_exit, leave_stuck, run_alone, run_beside, settle
+from multifd.cli.stdout import protect
 from multifd.crew import Crew
 from multifd.errors import MultifdError, UsageError, reason
 from multifd.log import escaped, log
@@ -27,6 +28,7 @@ def main(argv: Sequence[str]) -> int:
     """Run one command; returns the exit code: 0, 1 for an error, 2 for usage, 128 + its number for a signal."""
     ignore_at_exit()  # at first: what plugins do at exit comes before it
     lines.take_places()
+    protect()
     as_json = "--log=json" in argv or ("--log", "json") in pairwise(argv)  # known before what is wrong with others
     records.begin(lines.stderr, as_json=as_json, verbose=not {"-v", "--verbose"}.isdisjoint(argv))
     # A plugin may tell so what goes on all the same.

@@ -1,46 +1,85 @@
-"""One loaded compressor: its facts, checked, and the settings that it takes."""
+"""One loaded compressor: its facts, checked, the settings that it takes, and its answers, checked."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from multifd import hookspecs
-from multifd.codec.hooks import Hooks
+from multifd.codec import contract
+from multifd.codec.contract import WrongFacts, WrongHooks
+from multifd.codec.hooks import Hooks, check_own
 from multifd.codec.settings import EFFORTS, Settings
 from multifd.errors import CompressorError, MultifdError, UsageError, describe
-from multifd.hookspecs import API_VERSION, Channel, Facts, OptionValue, Probe
+from multifd.hookspecs import Channel, Facts, OptionValue, Probe
 from multifd.log import log
-from multifd.wire.flags import METHODS, THIRD_PARTY_FLAGS
+from multifd.wire.flags import name_method
+from multifd.wire.packet import Buffer
 
 
 class Compressor(Hooks):
     """A compressor that was loaded: its facts, its settings, its hooks."""
+
+    facts: Facts
 
     def __init__(self, name: str | None, plugin: object, distribution: str) -> None:
         """`name` is None where only its facts say it.  Raises CompressorError where it is broken."""
         self.name = name or "the compressor"
         self.distribution = distribution
         try:
-            super().__init__(hookspecs, plugin)
-        except Exception as error:
-            raise CompressorError(f"{self}: its hooks do not fit this multifd: {error}") from error
+            fault = contract.hooks_fault(plugin)
+            if not fault:
+                super().__init__(hookspecs, plugin)
+        except BaseException as error:
+            check_own(error)
+            raise CompressorError(f"{self}: its hooks do not fit this multifd: {describe(error)}") from error
+        if fault:
+            raise WrongHooks(f"{self}: {fault}")
         facts = self.call("multifd_compressor")
-        if name is None and isinstance(facts, Facts):
+        if name is None and isinstance(facts, Facts) and isinstance(facts.name, str):
             self.name = facts.name
-        try:
-            self.facts = self._check_facts(facts)
-        except (TypeError, AttributeError) as error:
-            raise CompressorError(f"{self}: its facts make no sense: {error}") from error
+        if fault := contract.facts_fault(facts, self.name, distribution):
+            raise WrongFacts(f"{self}: {fault}")
+        self.facts = facts
+        name_method(facts.flag, facts.method)
 
     def __str__(self) -> str:
         return f"{self.name} ({self.distribution})"
 
     def failed(self, doing: str, error: BaseException) -> MultifdError:
-        if isinstance(error, CompressorError):
-            return CompressorError(f"{doing}: {self.name}: {error}")
-        if isinstance(error, MultifdError):
-            return error
+        if isinstance(error, MultifdError) and type(error).__module__.startswith("multifd."):
+            return CompressorError(f"{doing}: {self.name}: {error}") if isinstance(error, CompressorError) else error
+        if isinstance(error, CompressorError):  # a plugin's own kind of it
+            return CompressorError(f"{doing}: {self.name}: {describe(error).partition(': ')[2] or describe(error)}")
         return CompressorError(f"{doing}: {self} failed: {describe(error)}")
+
+    def encode(self, channel: Channel, pages: Sequence[memoryview]) -> Sequence[Buffer]:
+        """A packet's payload: a sequence of buffers of bytes, 1 to MAX_PAYLOAD in all.  Raises CompressorError."""
+        pages = tuple(pages)  # which nobody can change
+        payload: Sequence[Buffer] = self.call("multifd_send_prepare", channel=channel, pages=pages)
+        try:
+            fault = contract.payload_fault(payload, pages) or self._channel_fault(channel)
+        except BaseException as error:  # what it returned is the plugin's, too
+            check_own(error)
+            raise self.failed("multifd_send_prepare", error) from error
+        if fault:
+            raise CompressorError(f"{self}: {fault}")
+        return payload
+
+    def decode(self, channel: Channel, pages: memoryview, doing: str) -> None:
+        """Fill a packet's pages; `doing` says which in messages.  Raises CompressorError, and what `read_into` does."""
+        self.call("multifd_recv", doing=doing, channel=channel, pages=pages)
+        if fault := self._channel_fault(channel):
+            raise CompressorError(f"{doing}: {self}: {fault}")
+
+    def _channel_fault(self, channel: Channel) -> str:
+        """What a hook left there that core goes on with."""
+        counts: object = channel.counts
+        if not isinstance(counts, dict) or len(counts) > contract.MAX_WAYS:
+            return contract.counts_fault(counts)
+        if channel.live and channel.level not in (self.facts.ladder or (None, self.facts.default_level)):
+            sentence = "the compressor leaves the level there that it used"
+            return contract.breaks(f"it left the level {contract.shown(channel.level)}", sentence)
+        return ""
 
     def cleanup(self, direction: str, channel: Channel) -> None:
         """Call a cleanup hook; one that raises all the same is told on standard error."""
@@ -50,41 +89,16 @@ class Compressor(Hooks):
             raised = (error.__cause__ if isinstance(error, CompressorError) else None) or error
             log.warning(f"{self}: multifd_{direction}_cleanup raised {describe(raised)}")
 
-    def _check_facts(self, facts: object) -> Facts:
-        if not isinstance(facts, Facts):
-            raise CompressorError(f"{self}: multifd_compressor returned {type(facts).__name__}, not Facts")
-        if facts.api_version != API_VERSION:
-            older = facts.api_version < API_VERSION
-            raise CompressorError(
-                f"{self}: written for API version {facts.api_version}, this core has {API_VERSION}: "
-                f"upgrade {self.distribution.split()[0] if older else 'multifd-core'}"
-            )
-        if facts.name != self.name:
-            raise CompressorError(f"{self}: calls itself {facts.name!r}")
-        if facts.name != facts.method and not facts.name.startswith(facts.method + "-"):
-            raise CompressorError(
-                f"{self}: a compressor of method {facts.method} is named so, or {facts.method}-suffix"
-            )
-        known = METHODS.get(facts.method)
-        if known is not None and facts.flag != known:
-            raise CompressorError(f"{self}: flag {facts.flag}, but QEMU's {facts.method} has {known}")
-        if known is None and facts.flag not in THIRD_PARTY_FLAGS:
-            raise CompressorError(
-                f"{self}: flag {facts.flag} is not free, a method of its own takes "
-                f"{THIRD_PARTY_FLAGS.start}..{THIRD_PARTY_FLAGS.stop - 1}"
-            )
-        if facts.levels is not None and facts.default_level not in facts.levels:
-            raise CompressorError(f"{self}: default level {facts.default_level} is not one of its levels")
-        if len(facts.ladder) == 1 or (facts.ladder and facts.levels is None):
-            raise CompressorError(f"{self}: a ladder of {facts.ladder} is no choice of levels")
-        return facts
-
     def probe(self, settings: Settings) -> Probe:
         """Ask whether it works here, in this process.  Raises CompressorError where it breaks."""
         probe = self.call("multifd_probe", options=settings.options)
-        if not isinstance(probe, Probe):
-            raise CompressorError(f"{self}: multifd_probe returned {type(probe).__name__}, not Probe")
-        return probe
+        if fault := contract.probe_fault(probe):
+            raise CompressorError(f"{self}: {fault}")
+        provider, version, reason, install, *devices = (
+            " ".join(text.split())
+            for text in (probe.provider, probe.version, probe.reason, probe.install, *probe.devices)
+        )
+        return Probe(probe.available, provider, version, probe.hardware, reason, install, tuple(devices))
 
     def channel(self, number: int, page_size: int, settings: Settings, *, live: bool = False) -> Channel:
         """A fresh channel for this compressor's hooks; `live` where its level may change."""

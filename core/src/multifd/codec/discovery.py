@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -13,13 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from multifd.codec.compressor import Compressor
-from multifd.codec.hooks import HOOK_ERRORS
+from multifd.codec.contract import breaks
+from multifd.codec.hooks import check_own
 from multifd.errors import CallerError, CompressorError, UsageError, describe
 from multifd.hookspecs import COMMAND_GROUP, ENTRY_POINT_GROUP, OBSERVER_GROUP
 from multifd.log import log
 
 #: Names what is to be left out, parted by commas: a distribution, or else a plugin.  Children inherit it.
 DISABLE = "MULTIFD_DISABLE"
+
+
+#: Seconds after which an import is too long: every command that uses the plugin waits for it.
+SLOW_IMPORT = 1.0
+#: Groups of other packages that are like ours by their names, and right.
+OTHER_GROUPS = {"multifd.exporters"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,23 +43,68 @@ class Provider:
     target: str = ""
 
     def __str__(self) -> str:
-        return f"{self.dist.name} {self.dist.version}" if self.dist else self.path
+        return " ".join(_owner(self.dist)[:2]).strip() if self.dist else self.path
+
+    @property
+    def owner(self) -> str:
+        """The distribution's name; empty for a file."""
+        return _owner(self.dist)[0] if self.dist else ""
+
+    @property
+    def flaw(self) -> str:
+        """What is wrong with the distribution itself, or empty."""
+        return _owner(self.dist)[2] if self.dist else ""
 
     @property
     def off(self) -> str:
         """What turns it off."""
-        return f"--disable {self.dist.name}" if self.dist else f"no --plugin {self.path}"
+        return f"--disable {self.owner}" if self.owner else f"no --plugin {self.path}"
+
+
+@cache
+def _owner(dist: metadata.Distribution) -> tuple[str, str, str]:
+    """A distribution's name, its version, and what is wrong with it; reads a file."""
+    try:
+        if dist.name and dist.version:
+            return dist.name, dist.version, ""
+    except Exception:  # noqa: BLE001 - what a missing one raises depends on the version of Python
+        pass
+    folder = Path(str(getattr(dist, "_path", "nameless-0.dist-info")))  # what pip left: NAME-VERSION.dist-info
+    name, _, version = folder.stem.partition("-")
+    return name, version, f"{folder} has no METADATA: install it again, or remove that directory"
 
 
 #: Of `--plugin`.
 files: list[Provider] = []
+#: Plugins whose import took long, and what is to be said of that.
+slow: dict[str, str] = {}
+
+
+def _provider(entry: metadata.EntryPoint) -> Provider:
+    return Provider(entry.name, entry.load, entry.dist, target=entry.value)
 
 
 @cache
 def _entry_points(group: str) -> tuple[Provider, ...]:
-    return tuple(
-        Provider(entry.name, entry.load, entry.dist, target=entry.value) for entry in metadata.entry_points(group=group)
-    )
+    return tuple(map(_provider, metadata.entry_points(group=group)))
+
+
+@cache
+def misplaced() -> Mapping[str, tuple[Provider, str]]:
+    """Plugins whose group is like `multifd.compressors`, and none that anybody looks into: name -> who, group."""
+    known = {ENTRY_POINT_GROUP, OBSERVER_GROUP, COMMAND_GROUP, *OTHER_GROUPS}
+    return {
+        entry.name: (_provider(entry), entry.group)
+        for dist in metadata.distributions()
+        for entry in dist.entry_points
+        if entry.group not in known and re.match("multifd([-_. ]|$)", entry.group, re.IGNORECASE)
+    }
+
+
+def misplaced_text(found: Provider, group: str) -> str:
+    """What to say of one."""
+    sentence = "named by an entry point of group `multifd.compressors`"
+    return breaks(f"{found} has an entry point {found.name!r} in the group {group!r}, which nobody reads", sentence)
 
 
 def installed(group: str) -> list[Provider]:
@@ -68,7 +122,7 @@ def providers(group: str) -> dict[str, list[Provider]]:
     found = installed(group)
     off = {_normal(name.strip()) for name in os.environ.get(DISABLE, "").split(",") if name.strip()}
     if off:
-        owners = [_normal(provider.dist.name) if provider.dist else "" for provider in found]
+        owners = [_normal(provider.owner) for provider in found]
         # A distribution's name means only what it provides, so that of two with one plugin one can be chosen.
         off_plugins = off - set(owners)
         found = [
@@ -100,7 +154,7 @@ def choose(found: Iterable[Provider], group: str = ENTRY_POINT_GROUP) -> str:
     found = sorted(found, key=str)
     owners = " and ".join(map(str, found))
     if group == COMMAND_GROUP:  # they are found before options are read
-        return f"{owners}: keep one, with {' or '.join(f'{DISABLE}={each.dist.name}' for each in found if each.dist)}"
+        return f"{owners}: keep one, with {' or '.join(f'{DISABLE}={each.owner}' for each in found)}"
     return f"{owners}: keep one, with {' or '.join(each.off for each in found)} (or {DISABLE})"
 
 
@@ -111,7 +165,7 @@ def disable(given: Sequence[str]) -> None:
     Warns of one that nothing has.
     """
     found = [each for group in (ENTRY_POINT_GROUP, OBSERVER_GROUP, COMMAND_GROUP) for each in installed(group)]
-    known = {_normal(each.name) for each in found} | {_normal(each.dist.name) for each in found if each.dist}
+    known = {_normal(each.name) for each in found} | {_normal(each.owner) for each in found if each.owner}
     for name in given:
         if _normal(name) not in known:
             log.warning(f"--disable {name}: nothing that is installed has this name")
@@ -132,19 +186,38 @@ def add_file(path: str) -> None:
         raise CallerError(f"{path} is not a Python file: --plugin takes FILE.py")
     module = sys.modules[spec.name] = util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-    except HOOK_ERRORS as error:
+        with _timed(path):
+            spec.loader.exec_module(module)
+    except BaseException as error:
+        check_own(error)
         raise CompressorError(f"{path}: import failed: {describe(error)}") from error
-    files.append(Provider(Compressor(None, module, path).name, lambda: module, path=path))
+    name = Compressor(None, module, path).name
+    if path in slow:
+        slow[name] = slow[path]
+    files.append(Provider(name, lambda: module, path=path))
+
+
+@contextmanager
+def _timed(name: str) -> Iterator[None]:
+    """Tell of an import that takes long."""
+    started = time.perf_counter()
+    yield
+    if (seconds := time.perf_counter() - started) > SLOW_IMPORT:
+        sentence = "The import takes less than a second: whoever names the compressor waits for it."
+        slow[name] = breaks(f"importing it took {seconds:.1f} s", sentence)
+        log.warning(f"{name}: {slow[name]}")
 
 
 def load_plugin(found: Provider) -> Any:
     """Import what somebody provides.  Raises CompressorError where that fails."""
     try:
-        return found.load()
-    except HOOK_ERRORS as error:
+        with _timed(found.name):
+            return found.load()
+    except BaseException as error:
+        check_own(error)
         ours = isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "multifd"
         hint = ": it is written for another multifd-core, upgrade the older of the two" if ours else ""
+        hint = hint or f"{': ' * bool(found.flaw)}{found.flaw}"
         raise CompressorError(f"{found.name} ({found}): import failed: {describe(error)}{hint}") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import ModuleType
 from typing import Any
 
@@ -10,8 +11,14 @@ import pluggy
 from multifd.errors import MultifdError
 from multifd.hookspecs import PROJECT
 
-#: What a plugin may raise instead of returning; Ctrl-C is not its own.
-HOOK_ERRORS = (Exception, SystemExit)
+#: What a plugin may raise instead of returning, wherever that is.
+HOOK_ERRORS = (Exception, SystemExit, GeneratorExit)
+
+
+def check_own(error: BaseException) -> None:
+    """Raises what came out of a plugin's code and is not its own: what signals raise, in the main thread only."""
+    if not isinstance(error, HOOK_ERRORS) and threading.current_thread() is threading.main_thread():
+        raise error
 
 
 class Hooks:
@@ -32,7 +39,8 @@ class Hooks:
         """
         try:
             return getattr(self.hook, hook)(**arguments)
-        except HOOK_ERRORS as error:
+        except BaseException as error:
+            check_own(error)
             failed = self.failed(doing or hook, error)
             if failed is error:
                 raise

@@ -33,7 +33,7 @@ def measure(
             started = clock()
             for at in range(0, len(pages), PACKET_SIZE):
                 packet = [pages[at : at + PACKET_SIZE]]
-                size += sum(map(len, compressor.call("multifd_send_prepare", channel=channel, pages=packet)))
+                size += sum(map(len, compressor.encode(channel, packet)))
             return (clock() - started) / len(pages), size / len(pages)
 
         if half:

@@ -7,8 +7,9 @@ from functools import cache
 
 from multifd.codec.compressor import Compressor
 from multifd.codec.discovery import DISABLE, installed
+from multifd.codec.naming import learn
 from multifd.codec.probing import preference, probe_all, taken_twice
-from multifd.codec.selection import distributions, load, names, names_of_method, select
+from multifd.codec.selection import distributions, how_to_install, load, names, names_of_method, select
 from multifd.codec.settings import RESERVED, Settings, Spec
 from multifd.errors import CompressorError, HostError, PeerError
 from multifd.hookspecs import ENTRY_POINT_GROUP
@@ -40,12 +41,13 @@ def _reader(flag: int, candidates: tuple[str, ...]) -> str:
     if working:
         return str(min(working, key=preference)["name"])
     if rows:
+        method = rows[0]["method"]
         reasons = "; ".join(f"{row['name']}: {row['reason']}" for row in rows)
         raise HostError(f"the packets are {method}, and nothing here can read them: {reasons}")
     if any(each.name.partition("-")[0] == method for each in installed(ENTRY_POINT_GROUP)):
         raise HostError(f"the packets are {method}, whose compressors are turned off, by --disable or {DISABLE}")
     ours = distributions()
-    hint = f"pip install {ours[method]}" if method in ours else "install a compressor of that method"
+    hint = how_to_install(ours[method]) if method in ours else "install a compressor of that method"
     raise HostError(f"the packets are {method}, and no compressor for it is installed: {hint}")
 
 
@@ -78,6 +80,7 @@ class Readers:
     def check(self, flag: int) -> None:
         """Raises PeerError where the peer uses another method than the one named here."""
         if self._expected is not None and flag != self._expected.facts.flag:
+            learn(flag)
             mine, theirs = self._expected.facts.method, method_name(flag)
             raise PeerError(
                 f"the sender uses {theirs}, this side expects {mine}: start both with the same --compressor"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 
 from multifd.codec.compressor import Compressor
-from multifd.codec.discovery import load_plugin, provider_of, providers
+from multifd.codec.discovery import load_plugin, misplaced, misplaced_text, provider_of, providers
 from multifd.codec.settings import RESERVED, Settings, Spec
 from multifd.errors import HostError, UsageError
 from multifd.hookspecs import ENTRY_POINT_GROUP, Probe
@@ -51,12 +52,39 @@ def _nobody_provides(name: str, installed: list[str]) -> str:
 
     ours = distributions()
     text = f"no compressor is named {name!r}; installed: {', '.join(installed) or 'none'}"
+    if name in misplaced():
+        return f"{text}; {misplaced_text(*misplaced()[name])}"
     if name in ours:
-        return f"{text}: pip install {ours[name]}"
+        return f"{text}: {how_to_install(ours[name])}"
     near = difflib.get_close_matches(name, [*installed, *ours], n=1)
     if not near:
         return text
-    return f"{text}: did you mean {near[0]}?" + ("" if near[0] in installed else f" pip install {ours[near[0]]}")
+    return f"{text}: did you mean {near[0]}?" + ("" if near[0] in installed else f" {how_to_install(ours[near[0]])}")
+
+
+def how_to_install(distribution: str) -> str:
+    """What to do to have a distribution of this project: a command, where its source is on this machine.
+
+    It is on no index: pip would look for it in vain, or find somebody else's.
+    """
+    import json
+    import shlex
+    import sysconfig
+    from importlib import metadata
+    from urllib.parse import unquote, urlsplit
+
+    folder = distribution.removeprefix("multifd-")
+    try:
+        core = metadata.distribution("multifd-core")
+        url = urlsplit(json.loads(core.read_text("direct_url.json") or "{}").get("url", ""))  # PEP 610
+        source = Path(unquote(url.path)).parent / "plugins" / folder
+        known = str(core.locate_file("")) == sysconfig.get_path("purelib")  # to pip: not in a one-file build
+        if known and url.scheme == "file" and (source / "pyproject.toml").is_file():
+            where = f"./plugins/{folder}" if Path.cwd() == source.parents[1] else shlex.quote(str(source))
+            return f"pip install {where}"
+    except (metadata.PackageNotFoundError, OSError, ValueError, AttributeError):
+        pass
+    return f"install {distribution}, plugins/{folder} of multifd's source"
 
 
 def select(spec: Spec, *, sending: bool) -> tuple[Compressor, Settings]:

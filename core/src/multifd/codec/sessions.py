@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Callable
 
 from multifd.codec.compressor import Compressor
+from multifd.codec.contract import counts_fault
 from multifd.codec.settings import Settings
 from multifd.hookspecs import Channel
+from multifd.log import log
 
 
 class Sessions:
@@ -43,10 +45,14 @@ class Sessions:
 
     @property
     def counts(self) -> Counter[str]:
-        """What the compressors counted."""
+        """What the compressors counted, but for what cannot be a count."""
         total: Counter[str] = Counter()
-        for channel in list(self._channels.values()):
-            total.update(channel.counts)
+        for compressor, channel in list(self._channels.items()):
+            counts = dict(channel.counts) if isinstance(channel.counts, dict) else channel.counts
+            if fault := counts_fault(counts):
+                log.warning(f"{compressor}: {fault}")
+            else:
+                total.update(counts)
         return total
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from multifd.codec.selection import names, names_of_method, select
 from multifd.codec.settings import ADAPTIVE, AUTO, RESERVED, Settings, Spec
 from multifd.effort.sampling import own_sample
 from multifd.errors import HostError, UsageError
+from multifd.log import log
 from multifd.wire.flags import DEFAULT_PAGE_SIZE, DEVICE_METHODS, METHODS
 
 #: Compressors whose times differ by less are as fast, on a machine that others use too.
@@ -39,9 +40,9 @@ def _names_accepted(methods: Collection[str] | None) -> list[str]:
 
 
 def best(sample: bytes, page_size: int = DEFAULT_PAGE_SIZE, methods: Collection[str] | None = None) -> str:
-    """The name of the best available compressor: hardware first, then the fastest on a sample of memory.
+    """The name of the best available compressor: the fastest on a sample of memory, a device or not.
 
-    Of those about as fast, it is the one that makes the fewest bytes.
+    Of those about as fast, it is one that works as its name promises, and of these the one that makes the fewest bytes.
     One that does not make the sample smaller comes last, so `none` is chosen where nothing does.
     `methods` are those that the peer accepts, None for all.  An empty sample stands for some
     memory or other.  Raises HostError where none works here, UsageError for a method nobody has.
@@ -53,18 +54,17 @@ def best(sample: bytes, page_size: int = DEFAULT_PAGE_SIZE, methods: Collection[
         reasons = "; ".join(f"{row['name']}: {row['reason']}" for row in rows) or "none is installed"
         raise HostError(f"{AUTO}: no compressor that the peer accepts works here: {reasons}")
 
-    def rank(row: Mapping[str, Any]) -> tuple[bool, bool, bool]:
-        if row["ratio"] <= 1:
-            return True, False, False
-        return False, not row["hardware"], row["reason"] != ""
+    smaller = [row for row in working if row["ratio"] > 1]
+    smaller = smaller or [row for row in working if row["method"] == "none"] or working
+    fastest = min(row["seconds"] for row in smaller)
+    as_fast = [row for row in smaller if row["seconds"] <= SAME_SPEED * fastest]
+    found = max(as_fast, key=lambda row: (row["reason"] == "", row["ratio"]))
+    log.debug(f"{AUTO}: {found['name']} of {'; '.join(map(_measured, working))}")
+    return str(found["name"])
 
-    first = min(map(rank, working))
-    equals = [row for row in working if rank(row) == first]
-    fastest = min(row["seconds"] for row in equals)
-    # Of those about as fast, the one that makes the fewest bytes.
-    return str(
-        max((row for row in equals if row["seconds"] <= SAME_SPEED * fastest), key=lambda row: row["ratio"])["name"]
-    )
+
+def _measured(row: Mapping[str, Any]) -> str:
+    return f"{row['name']} {1e-6 / max(row['seconds'], 1e-12):.0f} MB/s, ratio {row['ratio']:.2f}"
 
 
 @dataclass(frozen=True, slots=True)

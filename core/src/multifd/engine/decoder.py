@@ -36,7 +36,7 @@ class Decoder:
             )
         compressor, channel = self._by_flag.get(packet.method) or self.begin(packet.method, page_size)
         channel.next_packet_size = self._unread = packet.next_packet_size
-        compressor.call("multifd_recv", doing=f"packet {packet.packet_num}", channel=channel, pages=pages)
+        compressor.decode(channel, pages, f"packet {packet.packet_num}")
         if self._unread:
             raise PeerError(
                 f"packet {packet.packet_num}: {self._unread} of {packet.next_packet_size} payload bytes are left over"

@@ -6,13 +6,9 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
-from multifd.codec.compressor import Compressor
-from multifd.codec.hooks import HOOK_ERRORS
 from multifd.codec.sessions import Sessions
 from multifd.effort.controller import Effort, Rung
-from multifd.errors import CompressorError
 from multifd.hookspecs import Channel
-from multifd.wire.flags import MAX_PAYLOAD
 from multifd.wire.packet import Buffer
 
 
@@ -40,16 +36,17 @@ class Encoder:
         """A packet's payload, valid until the next call.  Raises CompressorError."""
         effort = self._effort
         if not effort.ladder:
-            return self._encode(effort.now.compressor, self._channel(effort.now), pages)
+            return effort.now.compressor.encode(self._channel(effort.now), pages)
         rung = effort.choose(pages, self.page_size)
         channel = self._channel(rung)
         channel.level = rung.settings.level
+        length = sum(map(len, pages))
         started = time.thread_time()
-        payload = self._encode(rung.compressor, channel, pages)
+        payload = rung.compressor.encode(channel, pages)
         ended = time.thread_time()
         self.flag = rung.compressor.facts.flag
-        sizes = sum(map(len, pages)), sum(map(len, payload))
-        effort.note(rung.compressor, channel.level, *sizes, ended - started, started - self._ended)
+        size = sum(map(len, payload))
+        effort.note(rung.compressor, channel.level, length, size, ended - started, started - self._ended)
         self._ended = ended
         return payload
 
@@ -58,19 +55,6 @@ class Encoder:
         if self._effort.ladder:
             self._effort.idle(seconds)
             self._ended = time.thread_time()
-
-    def _encode(self, compressor: Compressor, channel: Channel, pages: Sequence[memoryview]) -> Sequence[Buffer]:
-        payload: Sequence[Buffer] = compressor.call("multifd_send_prepare", channel=channel, pages=pages)
-        try:
-            length = sum(map(len, payload))
-        except HOOK_ERRORS as error:  # what it returned is the plugin's, too
-            raise compressor.failed("multifd_send_prepare", error) from error
-        if not 0 < length <= MAX_PAYLOAD:
-            raise CompressorError(
-                f"{compressor.name} made {length} bytes of {sum(map(len, pages))} bytes of pages; "
-                f"a payload has 1 to {MAX_PAYLOAD}"
-            )
-        return payload
 
     @property
     def statistics(self) -> Counter[str]:

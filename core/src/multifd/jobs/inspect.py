@@ -219,6 +219,9 @@ def _channel(connection: Connection, parser: Parser, head: dict[str, Any]) -> _T
             tally.add(packet)
             if packet.normal or packet.zero:
                 check_packet(head.get("by_name", {}), packet, size)
+                from multifd.codec.naming import learn  # to look for plugins takes time
+
+                learn(packet.method)
                 tally.methods[method_name(packet.method)] += 1
                 left = packet.next_packet_size
                 while left:

@@ -39,6 +39,9 @@ class _Observer(Hooks):
         except HOOK_ERRORS as error:
             raise HostError(f"{self.title}: {describe(error)}") from error
 
+    def __str__(self) -> str:
+        return self.title
+
     def failed(self, doing: str, error: BaseException) -> MultifdError:
         return HostError(f"{doing} raised {describe(error)}")
 

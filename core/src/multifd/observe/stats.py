@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from multifd.codec.naming import learn
 from multifd.hookspecs import hookimpl
 from multifd.observe.hooks import ObservedChannel, Times
 from multifd.wire.counts import Counts
@@ -61,6 +62,7 @@ class Stats:
         times: Times,
     ) -> None:
         pages = len(packet.normal) + len(packet.zero)
+        learn(packet.method)
         # A packet without pages, SYNC, names no method.
         row = self._rows.setdefault(
             (channel.direction, channel.id, method_name(packet.method) if pages else None), _Row()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from multifd.codec.naming import learn
 from multifd.hookspecs import hookimpl
 from multifd.observe.hooks import ObservedChannel, Times
 from multifd.wire.flags import method_name
@@ -38,6 +39,7 @@ class Trace:
             f"{channel.direction} channel={channel.id} packet={packet.packet_num}",
         ]
         if offsets:
+            learn(packet.method)
             words.append(
                 f"{method_name(packet.method).replace(' ', '-')} {packet.ramblock}+{min(offsets):#x} "
                 f"normal={len(packet.normal)} zero={len(packet.zero)} payload={sum(map(len, payload))}"

@@ -48,9 +48,19 @@ def method_number(flags: int) -> int:
     return (flags & COMPRESSION_MASK) >> COMPRESSION_SHIFT
 
 
+#: Third parties' methods, by those who know their compressors.
+_named: dict[int, str] = {}
+
+
+def name_method(number: int, name: str) -> None:
+    """Say what a third party's method is called; the first name stays."""
+    if number in THIRD_PARTY_FLAGS:
+        _named.setdefault(number, name)
+
+
 def method_name(number: int) -> str:
-    """The method's name, or `method N` where QEMU has none for it."""
-    return METHOD_NAMES.get(number, f"method {number}")
+    """The method's name, or `method N` where nobody has said one."""
+    return METHOD_NAMES.get(number) or _named.get(number) or f"method {number}"
 
 
 class Section(IntEnum):

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
+import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from dataclasses import astuple, dataclass, field, replace
+from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
+from typing import Any
 
+from multifd.codec.children import LIMIT, Died, Memory, Say, answers
 from multifd.codec.compressor import Compressor
 from multifd.codec.probing import compressors
 from multifd.codec.readers import Readers
 from multifd.codec.selection import load
 from multifd.codec.settings import Settings, Spec
+from multifd.crew import Crew
 from multifd.effort.choice import Choice
 from multifd.effort.controller import Effort
 from multifd.engine.decoder import Decoder
@@ -23,6 +28,7 @@ from multifd.engine.encoder import Encoder
 from multifd.errors import CallerError, CompressorError, MultifdError
 from multifd.hookspecs import Facts
 from multifd.jobs.bench.model import Bench, Row
+from multifd.log import log
 from multifd.memory.buffer import packet_buffer
 from multifd.memory.zeropages import part
 from multifd.snapshot.reader import Snapshot, open_snapshot
@@ -53,6 +59,10 @@ class Spent:
     def __exit__(self, *_: object) -> None:
         self.cpu += time.thread_time()
         self.wall += time.perf_counter()
+
+    def seconds(self, hardware: bool) -> float:
+        """What counts of it: a device's work takes no CPU time."""
+        return self.wall if hardware else self.cpu
 
 
 class _Memory:
@@ -115,6 +125,11 @@ class Sample:
     looked_bytes: int = 0
     hole_bytes: int = 0
     normal_bytes: int = 0
+
+    @property
+    def runs(self) -> list[list[int]]:
+        """Of each packet the lengths of its runs, bytes."""
+        return [[len(run) for run in packet] for packet in self.packets]
 
 
 def take_sample(snapshot: Snapshot) -> Sample:
@@ -187,7 +202,7 @@ class _Measured:
 
     def seconds(self, spent: Spent) -> float:
         """What counts of it; more than nothing."""
-        return max(spent.wall if self.hardware else spent.cpu, 1e-9)
+        return max(spent.seconds(self.hardware), 1e-9)
 
     def row(self, reference: _Measured) -> Row:
         """With the size that `reference` saw more packets for; see `bench`."""
@@ -204,69 +219,129 @@ class _Measured:
         )
 
 
+def _reason(state: Mapping[str, Any]) -> str:
+    """Why it does not work, or less well than its name promises."""
+    return "; ".join(filter(None, (state["reason"], state["install"] if state["reason"] else "")))
+
+
 def _measure_all(
-    name: str,
-    hardware: bool,
-    reason: str,
+    state: Mapping[str, Any],
     sample: Sample,
+    memory: Memory,
     page_size: int,
     on_setting: Callable[[str], None] | None,
+    crew: Crew,
 ) -> Iterator[Row | _Measured]:
-    """Every level of one compressor; `reason` is why it works less well than its name promises."""
-    try:
-        compressor = load(name)
-    except MultifdError as error:
-        yield Row(name, reason=str(error))
-        return
-    for level in levels(compressor.facts):
-        blank = Row(name, level, reason=reason)
-        if on_setting:
-            on_setting(blank.text)
-        measured = _Measured(blank, hardware)
+    """Every level of one compressor, in a child process: one in which it crashes or hangs is a row, others go on."""
+    name = state["name"]
+    begun = 0
+    while True:
+        blank = Row(name, reason=_reason(state))
+        task = {
+            "name": name,
+            "hardware": state["hardware"],
+            "begun": begun,
+            "page_size": page_size,
+            "runs": sample.runs,
+        }
         try:
-            _measure(compressor, measured, sample, page_size)
+            for answer in answers(__name__, task, memory=memory, limit=LIMIT, crew=crew):
+                match answer:
+                    case {"level": level}:
+                        begun += 1
+                        blank = replace(blank, level=level)
+                        if on_setting:
+                            on_setting(blank.text)
+                    case {"reason": reason}:
+                        yield replace(blank, reason=reason)
+                    case {"told": text}:
+                        log.warning(f"{blank.text}: {text}")
+                    case {"sizes": sizes, "encoding": encoding, "decoding": decoding}:
+                        lengths = [sum(runs) for runs in sample.runs[: len(sizes)]]
+                        yield _Measured(blank, state["hardware"], lengths, sizes, Spent(*encoding), Spent(*decoding))
+            return
+        except Died as died:
+            yield replace(blank, reason=str(died))
+            if blank.level is None:
+                return
+
+
+class _Telling(logging.Handler):
+    """What a child logs is told by its parent."""
+
+    def __init__(self, say: Say) -> None:
+        super().__init__(logging.WARNING)
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._say({"told": record.getMessage()})
+
+
+def child(task: Mapping[str, Any], data: memoryview, say: Say) -> None:
+    """The child's part: what is left of a compressor's levels, measured; says something at each packet."""
+    warnings.showwarning = lambda message, *_, **__: say({"told": str(message)})
+    warnings.simplefilter("always", RuntimeWarning)
+    log.addHandler(_Telling(say))
+    try:
+        compressor = load(task["name"])
+    except MultifdError as error:
+        say({"reason": str(error)})
+        return
+    ends = accumulate(chain.from_iterable(task["runs"]), initial=0)
+    views = (data[start:end] for start, end in pairwise(ends))
+    packets = [list(islice(views, len(runs))) for runs in task["runs"]]
+    for level in levels(compressor.facts)[task["begun"] :]:
+        say({"level": level})
+        try:
+            say(_measure(compressor, Row(compressor.name, level), packets, task, say))
         except MultifdError as error:
-            yield replace(blank, reason=str(error))
-        else:
-            yield measured
+            say({"reason": str(error)})
 
 
-def _measure(compressor: Compressor, measured: _Measured, sample: Sample, page_size: int) -> None:
-    """Send the sample through, as far as the time goes.  Raises CompressorError."""
-    settings = compressor.settings(Spec.parse(measured.blank.text).settings, sending=True)
-    with closing(Codec(compressor, settings, page_size)) as codec:
+def _measure(
+    compressor: Compressor, setting: Row, packets: Sequence[Sequence[memoryview]], task: Mapping[str, Any], say: Say
+) -> dict[str, Any]:
+    """Send packets through, as far as the time goes.  Raises CompressorError."""
+    settings = compressor.settings(Spec.parse(setting.text).settings, sending=True)
+    sizes: list[int] = []
+    hardware = task["hardware"]
+    with closing(Codec(compressor, settings, task["page_size"])) as codec:
         codec.set_up()
-        measured.encoding, measured.decoding = codec.encoding, codec.decoding
-        for pages in sample.packets:
+        for pages in packets:
             data = b"".join(pages)
             payload = codec.encode(pages)
             if codec.decode(payload, len(data)) != data:
                 raise CompressorError(f"{compressor}: what it decodes is not what it encoded")
-            measured.lengths.append(len(data))
-            measured.sizes.append(len(payload))
-            if measured.seconds(codec.encoding) + measured.seconds(codec.decoding) > SAMPLE_SECONDS:
+            sizes.append(len(payload))
+            say({})
+            if codec.encoding.seconds(hardware) + codec.decoding.seconds(hardware) > SAMPLE_SECONDS:
                 break
+    return {"sizes": sizes, "encoding": astuple(codec.encoding), "decoding": astuple(codec.decoding)}
 
 
-def bench(path: str | Path, *, cores: int = 2, on_setting: Callable[[str], None] | None = None) -> Bench:
+def bench(
+    path: str | Path, *, cores: int = 2, on_setting: Callable[[str], None] | None = None, crew: Crew | None = None
+) -> Bench:
     """Measure every available compressor on an image or a snapshot, `cores` of each side at work.
 
-    `on_setting` is told each setting before it is measured.  Raises CallerError for what is no
-    image or holds zero pages only, or without none, HostError where it cannot be read; a compressor that is not
-    available or fails is a row with its reason.
+    Each is measured in a child process.  `on_setting` is told each setting before it is measured; `crew` is a new Crew,
+    whose `cancel` ends all of it.  Raises CallerError for what is no
+    image or holds zero pages only, or without none, HostError where it cannot be read, Cancelled; a compressor that is
+    not available, fails, crashes or hangs is a row with its reason.
     """
     snapshot = open_snapshot(path)
     sample = take_sample(snapshot)
-    states = compressors()
+    crew = crew or Crew()
+    states = compressors(crew)
     if not any(state["name"] == "none" and state["available"] for state in states):
         raise CallerError("all others are compared with none: leave it in (--disable, MULTIFD_DISABLE)")
     found: list[Row | _Measured] = []
-    for state in states:
-        reason = "; ".join(filter(None, (state["reason"], state["install"] if state["reason"] else "")))
-        if state["available"]:
-            found += _measure_all(state["name"], state["hardware"], reason, sample, snapshot.page_size, on_setting)
-        else:
-            found.append(Row(state["name"], reason=reason))
+    with Memory(chain.from_iterable(sample.packets)) as memory:
+        for state in states:
+            if state["available"]:
+                found += _measure_all(state, sample, memory, snapshot.page_size, on_setting, crew)
+            else:
+                found.append(Row(state["name"], reason=_reason(state)))
     # Packets differ, and a slow setting saw only the first of them: what the best of those that saw all of them made
     # of these and of all tells what it would have made of all.
     done = [item for item in found if isinstance(item, _Measured)]

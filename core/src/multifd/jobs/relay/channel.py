@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable
 
+from multifd.codec.naming import learn
 from multifd.engine.decoder import Decoder
 from multifd.engine.headers import read_packet
 from multifd.errors import PeerError
@@ -90,7 +91,9 @@ class Channel(ABC):
             self._clock.lap("wait")
             if packet.normal or packet.zero:
                 self._plan.readers.check(packet.method)
-                self.methods.add(packet.method)
+                if packet.method not in self.methods:
+                    learn(packet.method)
+                    self.methods.add(packet.method)
             self.move(packet, head, began)
             if ended_round:
                 with changed:

@@ -1,0 +1,86 @@
+"""Standard output is the command's: what a plugin prints, or its library, reaches standard error.
+
+`print` of a plugin's code comes there with the plugin's name; what a library writes to descriptor 1 comes as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from types import FrameType
+from typing import Any, TextIO
+
+from multifd.cli import lines
+from multifd.log import log
+
+#: Where plugins' code is called: module, function -> the name there of whom it belongs to.
+CALLS = {
+    ("multifd.codec.hooks", "call"): "self",
+    ("multifd.codec.discovery", "load_plugin"): "found",
+    ("multifd.codec.discovery", "add_file"): "path",
+}
+
+
+def protect() -> None:
+    """Make standard output the command's own, as long as the process lives.  Once, before any plugin is imported."""
+    own = lines.stdout.fd = os.dup(1)
+    os.dup2(2, 1)
+    if sys.stdout is not None:  # or it was closed
+        stream = open(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors, closefd=False)  # noqa: SIM115
+        sys.stdout = _Parted(stream)
+
+
+class _Parted:
+    """`sys.stdout`: the command's text goes on, a plugin's is turned to standard error."""
+
+    def __init__(self, own: TextIO) -> None:
+        self._own = own
+        #: By thread: what it printed of a line, and whose it is.
+        self._begun: dict[int, tuple[str, str]] = {}
+
+    def write(self, text: str) -> int:
+        who = _plugin(sys._getframe(1))
+        if who is None:
+            return self._own.write(text)
+        thread = threading.get_ident()
+        *lines, rest = (self._begun.pop(thread, ("", ""))[1] + text).split("\n")
+        if rest:
+            self._begun[thread] = who, rest
+        for line in lines:
+            _tell(who, line)
+        return len(text)
+
+    def flush(self) -> None:
+        for thread in list(self._begun):
+            _tell(*self._begun.pop(thread))
+        self._own.flush()
+
+    @property
+    def buffer(self) -> Any:
+        """Below the text: a plugin's bytes go to standard error as they are."""
+        return (self._own if _plugin(sys._getframe(1)) is None else sys.stderr).buffer
+
+    def writelines(self, lines: Any) -> None:
+        self.write("".join(lines))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+
+def _tell(who: str, line: str) -> None:
+    log.info(f"{who} printed: {line}")
+
+
+def _plugin(frame: FrameType | None) -> str | None:
+    """The plugin whose code prints, by the calls that it is in; None for the command itself."""
+    own = False
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__"))
+        caller = frame.f_back
+        if found := CALLS.get((module, frame.f_code.co_name)):
+            for_command = caller is not None and caller.f_globals.get("__name__") == "multifd.cli.commands"
+            return None if for_command else str(frame.f_locals.get(found))
+        own = own or module.startswith("multifd.")
+        frame = caller
+    return None if own else "a plugin's thread"
