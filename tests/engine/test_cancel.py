@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +19,7 @@ import multifd
 import peers
 import streams
 from multifd.errors import Cancelled, PeerError
+from multifd.jobs.destination import connections
 from multifd.jobs.report import Progress
 from multifd.net.connection import Stalled
 from multifd.net.deadline import Silence
@@ -81,6 +84,23 @@ def test_receive_from_another_thread(work: Path, stage: str) -> None:
     for sock in socks:
         sock.close()
     assert not list(work.iterdir())
+
+
+def test_whoever_has_just_been_met_is_let_go(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    crew = multifd.Crew()
+    stream = streams.small(channels=2)
+    module = importlib.import_module("multifd.jobs.destination.receive")
+
+    def meet(*arguments: Any) -> Any:
+        found = connections.meet(*arguments)
+        crew.cancel()
+        return found
+
+    monkeypatch.setattr(module, "meet", meet)
+    job = peers.Receiving(work / "snap", crew=crew)
+    peers.play(job.uri, [stream.main, *stream.channels], 65536)
+    with pytest.raises(Cancelled):
+        job.join()
 
 
 def test_send_from_another_thread(work: Path) -> None:

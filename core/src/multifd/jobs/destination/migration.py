@@ -67,7 +67,8 @@ class Migration:
         self._silence = silence
         self._crew = crew
         self._observers = observers
-        self._party: Party | None = None
+        #: Whose migration it is, from when they have been met: `let_go` closes their connections.
+        self.party: Party | None = None
         self._main: Connection | None = None
         self._channels: RecvChannels | None = None
         self._snapshot: SnapshotWriter | None = None
@@ -82,9 +83,10 @@ class Migration:
         #: The manifest digest of the snapshot, once it has one.
         self.digest: str | None = None
 
-    def run(self, party: Party) -> Result:
-        """Take the migration to its end; says so to the source when it is on the disk."""
-        self._party = party
+    def run(self) -> Result:
+        """Take the migration of `party` to its end; says so to the source when it is on the disk."""
+        party = self.party
+        assert party is not None
         for connection in party.connections:
             if isinstance(connection, SocketConnection):
                 connection.keep_to(self._silence)
@@ -124,9 +126,9 @@ class Migration:
 
         A source that has failed is let go as `net.parting` says.
         """
-        if self._party is None:
+        if self.party is None:
             return
-        main, *channels = self._party.connections
+        main, *channels = self.party.connections
         if self._state not in SUCCESSES and isinstance(main, SocketConnection):
             main.abort()
             with closing(Parting()) as parting:
@@ -235,9 +237,9 @@ class Migration:
                 self._total_pages = sum(block.used_length for block in blocks) // size
                 by_name = {block.idstr: block for block in blocks}
                 memory = Memory(size, by_name, self._snapshot.blocks)
-                assert self._party is not None
+                assert self.party is not None
                 self._channels = RecvChannels(
-                    self._party.channels, memory, self._readers, self._silence, self._crew, self._observers
+                    self.party.channels, memory, self._readers, self._silence, self._crew, self._observers
                 )
                 self._channels.begin()
                 self._saw(Saw.BLOCKS)
@@ -254,7 +256,7 @@ class Migration:
     def _complete(self, main: Connection, channels: RecvChannels) -> Result:
         snapshot = self._snapshot
         assert snapshot is not None
-        party = self._party
+        party = self.party
         assert party is not None
         uuid = party.uuid
         if self._configuration.uuid not in (None, uuid):

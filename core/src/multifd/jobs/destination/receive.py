@@ -127,7 +127,7 @@ def receive(
         cleanup.callback(crew.join)
         try:
             if where.scheme == "recording":
-                party = recorded(main, others)
+                job.party = recorded(main, others)
             else:
                 if on_listening is not None:
                     on_listening(str(listener.uri))
@@ -138,12 +138,12 @@ def receive(
                     crew.on_cancel(driver.cancel)
                     driver.start(str(listener.uri))
                     cleanup.enter_context(crew.every(WAITS, partial(_watch, driver, silence, job)))
-                party = meet(door, crew, channels or DEFAULT_CHANNELS, uuid, silence, first_timeout)
+                job.party = meet(door, crew, channels or DEFAULT_CHANNELS, uuid, silence, first_timeout)
                 door.close()
             observed.enter_context(observers.migration(IN))
             if on_progress is not None:
                 cleanup.enter_context(crew.every(EVERY, lambda: on_progress(job.progress())))
-            result = crew.run("receive", partial(job.run, party))
+            result = crew.run("receive", job.run)
         except BaseException as error:
             ended = job.ended(crew.fail(error))
             crew.join()
