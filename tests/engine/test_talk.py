@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 import pty
+import resource
+import select
+import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -235,35 +239,132 @@ def test_one_record_is_one_line_whoever_else_speaks() -> None:
     lines = said[0].decode().splitlines()
     assert len(lines) == 2000
     assert all(line.startswith("multifd: warning: ") and line.count("multifd") == 1 for line in lines)
-    assert max(map(len, lines)) < 2000
+    assert max(map(len, lines)) < select.PIPE_BUF
 
 
 def test_records_and_progress_do_not_run_into_each_other_on_a_terminal() -> None:
     ours, theirs = pty.openpty()
     lines = Lines(theirs, "a terminal")
-    lines.offer(b"\r\x1b[K45 %", unfinished=True)
-    lines.offer(b"multifd: something\n")
-    lines.offer(b"\r\x1b[K46 %", unfinished=True)
-    lines.offer(b"")
+    lines.offer("45 %", unfinished=True)
+    lines.offer("multifd: something")
+    lines.offer("46 %", unfinished=True)
+    lines.offer("")
     os.close(theirs)
-    shown = os.read(ours, 4096)
+    shown = b""
+    with suppress(OSError):  # its end
+        while data := os.read(ours, 4096):
+            shown += data
     os.close(ours)
     assert shown == b"\r\x1b[K45 %\r\x1b[Kmultifd: something\r\n\r\x1b[K46 %\r\x1b[K"
 
 
+@contextmanager
+def logging_to(fd: int, *, as_json: bool = True) -> Iterator[Lines]:
+    """All that is logged, and nowhere else."""
+    lines = Lines(fd, "a pipe")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log, "handlers", [Records(lines, as_json=as_json)])
+        yield lines
+
+
 def test_lines_that_nobody_read_are_counted() -> None:
     out, into = os.pipe()
-    lines = Lines(into, "a pipe")
-    count = 0
-    with pytest.raises(BlockingIOError):
-        while True:
-            lines.offer(b"x" * 4095 + b"\n")
-            count += 1
-    for _ in range(9):
-        with pytest.raises(BlockingIOError):
-            lines.offer(b"lost\n")
-    assert len(os.read(out, 1 << 20)) == 4096 * count
-    lines.offer(b"again\n")
-    os.close(into)
-    assert os.read(out, 4096) == b"multifd: 10 lines were dropped, nobody read them\nagain\n"
+    with logging_to(into):
+        for _ in range(400):
+            log.warning("x" * 3000, extra={"progress": {"number": _}})
+            log.error("y" * 3000)
+        before = os.read(out, 1 << 20).splitlines()
+        log.error("again")
+        os.close(into)
+        *_, told, last = os.read(out, 1 << 20).splitlines()
     os.close(out)
+    lost = 401 - len(before)  # the same warning is told once
+    assert all(json.loads(line) for line in before)
+    assert json.loads(told)["message"] == f"{lost} lines could not be written here"
+    assert json.loads(last)["message"] == "again"
+
+
+def test_a_line_that_could_not_be_finished_is_not_joined_by_another(work: Path) -> None:
+    """A disk that is full takes what it has room for."""
+    with open(work / "out", "wb") as file, logging_to(file.fileno()):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (250, hard))
+        try:
+            for _ in range(3):
+                log.error("first " * 20)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        log.error("last")
+    first, cut, told, last = (work / "out").read_bytes().splitlines()
+    assert json.loads(first)["message"] == "first " * 20
+    assert first.startswith(cut[:20])
+    assert json.loads(told)["message"] == "2 lines could not be written here"
+    assert json.loads(last)["message"] == "last"
+
+
+def test_a_long_message_is_cut_before_it_is_written() -> None:
+    out, into = os.pipe()
+    with logging_to(into):
+        log.error("\U0001f600" * 3000)
+    os.close(into)
+    line = os.read(out, 1 << 20)
+    os.close(out)
+    assert len(line) <= select.PIPE_BUF
+    assert json.loads(line)["message"].endswith("\U0001f600...")
+
+
+@pytest.mark.parametrize("command", ["inspect", "compressors"])
+def test_a_slow_reader_of_a_pipe_that_does_not_block_gets_all_of_it(command: str) -> None:
+    out, into = os.pipe()
+    os.set_blocking(into, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(into, bytes(4096))
+    arguments = [command, str(CAPTURE)] if command == "inspect" else [command]
+    with subprocess.Popen([*MULTIFD, *arguments], stdout=into, stderr=subprocess.PIPE) as process:
+        os.close(into)
+        time.sleep(1.5)
+        found = b""
+        while data := os.read(out, 65536):
+            found += data
+        assert process.wait(30) == 0
+    os.close(out)
+    assert found.strip(b"\0").decode() == run(*arguments).stdout
+
+
+def test_addresses_cannot_write_to_a_terminal(work: Path) -> None:
+    images.write_pages(work / "image.raw", 100, 4096)
+    where = f"unix:{work}/q\n\x1b[31m\u202ez"
+    command = [*MULTIFD, "relay", "--listen", f"unix:{work}/here", "--connect", where, "--migrations", "1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert peers.eventually((work / "here").exists)
+        assert run("send", work / "image.raw", f"unix:{work}/here").returncode == 1
+        assert process.stderr is not None
+        _, failed = process.stderr.read().splitlines()
+    assert r"q\n\x1b[31m\u202ez: cannot connect to" in failed
+    assert failed.isprintable()
+
+
+@pytest.mark.parametrize("command", [["--version"], ["--help"], ["inspect", "--help"]])
+def test_help_that_cannot_be_written(command: list[str]) -> None:
+    for to, why in ((">/dev/full", "the disk is full"), (">&-", "is closed")):
+        result = shell(*command, to=to)
+        assert result.returncode == 1
+        (line,) = result.stderr.splitlines()
+        assert line.startswith("multifd: standard output")
+        assert why in line
+
+
+def test_a_usage_error_is_a_record(work: Path) -> None:
+    result = run("inspect", "--log", "json")
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert json.loads(line)["message"] == (
+        "inspect: the following arguments are required: RECORDING|SNAPSHOT; see multifd inspect --help"
+    )
+    result = run("inspect", work / "a", "b\x1b[31m\n\u202e" + "n" * 10000)
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 2
+    assert line.isprintable()
+    assert len(line) < 4096

@@ -140,7 +140,7 @@ WRONG = {
 }
 
 
-MAY_BE_OBJECTS = [("transfer",), ("digests", "piece_size")]
+MAY_BE_OBJECTS = [("transfer",)]
 
 
 def places(value: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:

@@ -92,9 +92,9 @@ def _brought_by(name: str) -> Configure:
             """A fault in the plugin becomes a line."""
             try:
                 yield
-            except (MultifdError, BrokenPipeError):
+            except (MultifdError, SystemExit, KeyboardInterrupt):
                 raise
-            except Exception as error:
+            except BaseException as error:
                 raise HostError(f"the command {name} ({provider}) failed: {describe(error)}") from error
 
         def run(arguments: argparse.Namespace) -> int:

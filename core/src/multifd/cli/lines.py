@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import select
 import threading
+import time
 from collections.abc import Sequence
 
 from multifd.errors import HostError, os_errors, system_error
@@ -13,6 +15,8 @@ from multifd.log import escaped
 
 #: Seconds that a line waits for whoever reads, where something else must not.
 PATIENCE = 0.5
+#: Seconds until a pipe that has room for less is tried again.
+AGAIN = 0.01
 #: What takes a terminal back to an empty line.
 CLEARED = "\r\x1b[K"
 
@@ -40,38 +44,55 @@ class Lines:
         self.name = name
         self._lock = threading.Lock()
         self._waits = True
-        self._dropped = 0
+        self._cut = False
         self._unfinished = False
 
     def write(self, lines: Sequence[str]) -> None:
         """Each wholly, whatever time that takes.  Raises HostError where it cannot be written."""
-        data = "".join(f"{escaped(line)}\n" for line in lines).encode(errors="backslashreplace")
+        if self.closed:
+            raise HostError(f"{self.name} is closed")
         with os_errors(self.name):
-            if self.closed:
-                raise HostError(f"{self.name} is closed")
-            while data:
-                data = data[os.write(self.fd, data) :]
+            self._put("".join(f"{escaped(line)}\n" for line in lines), math.inf)
 
-    def offer(self, data: bytes, *, unfinished: bool = False) -> None:
-        """A line in one piece, shorter than PIPE_BUF; dropped where nobody reads for PATIENCE seconds.
+    def offer(self, text: str, *, unfinished: bool = False) -> None:
+        """A line, given up where nobody reads for PATIENCE seconds, and for the next one at once.
 
-        One that is `unfinished`, on a terminal, gives way to the next.
-
-        Raises OSError where it is dropped, or cannot be written.
+        It is written in one piece where it has at most PIPE_BUF bytes.  One that is `unfinished`, on a terminal, gives
+        way to the next.  Raises OSError.
         """
         with self._lock:
-            poll = select.poll()
-            poll.register(self.fd, select.POLLOUT)
-            if self.closed or not poll.poll(PATIENCE * 1000 if self._waits else 0):
+            if self.closed:
+                raise system_error(errno.EBADF)
+            cleared = CLEARED if self._unfinished else ""
+            text = f"{CLEARED}{text}" if unfinished else f"{cleared}{text}\n" if text else cleared
+            began = time.monotonic()
+            try:
+                self._put("\n" * self._cut + text, began + PATIENCE * self._waits)
+            except BlockingIOError:
                 self._waits = False
-                self._dropped += 1
-                raise system_error(errno.EAGAIN)
-            if self._dropped and not self._waits:
-                data = f"multifd: {self._dropped} lines were dropped, nobody read them\n".encode() + data
-            if self._unfinished and not unfinished:
-                data = CLEARED.encode() + data
-            self._waits, self._dropped, self._unfinished = True, 0, unfinished
-            os.write(self.fd, data)
+                raise
+            self._waits, self._unfinished = True, unfinished
+
+    def _put(self, text: str, until: float) -> None:
+        """Raises OSError, BlockingIOError where it takes longer; then the line may be cut, which the next one ends."""
+        data = text.encode(errors="backslashreplace")
+        poll = select.poll()
+        poll.register(self.fd, select.POLLOUT)
+        begun = False
+        try:
+            while data:
+                if not poll.poll(None if until == math.inf else max(0.0, until - time.monotonic()) * 1000):
+                    raise system_error(errno.EAGAIN)
+                try:
+                    count = os.write(self.fd, data[: select.PIPE_BUF])
+                except BlockingIOError:  # there is room for less
+                    if time.monotonic() >= until:
+                        raise
+                    time.sleep(AGAIN)
+                    continue
+                data, begun = data[count:], True
+        finally:
+            self._cut = bool(data) and (begun or self._cut)
 
 
 stdout = Lines(1, "standard output")

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any, NoReturn
 
 from multifd import __version__
 from multifd.cli import commands, lines, records
 from multifd.cli.options import choose_plugins
+from multifd.cli.output import emit
 from multifd.cli.signals import Stopped, ignore_at_exit, leave_stuck, run_alone, run_beside, settle
 from multifd.cli.stdout import protect
 from multifd.crew import Crew
-from multifd.errors import MultifdError, UsageError, reason
+from multifd.errors import MultifdError, UsageError
 from multifd.log import escaped, log
 
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     ignore_at_exit()  # at first: what plugins do at exit comes before it
     lines.take_places()
     protect()
-    as_json = "--log=json" in argv or ("--log", "json") in pairwise(argv)  # known before what is wrong with others
+    as_json = "--log=json" in argv or ("--log", "json") in pairwise(argv)  # until options are read
     records.begin(lines.stderr, as_json=as_json, verbose=not {"-v", "--verbose"}.isdisjoint(argv))
     # A plugin may tell so what goes on all the same.
     warnings.showwarning = lambda message, *_, **__: log.warning(str(message))
@@ -47,21 +48,20 @@ def _run(argv: Sequence[str], crew: Crew) -> int:
     try:
         arguments = _parser(argv).parse_args(argv)
         debug = getattr(arguments, "debug", debug)
+        if getattr(arguments, "log", "") in ("text", "json"):  # another package's command may have one of its own
+            records.begin(
+                lines.stderr, as_json=arguments.log == "json", verbose=bool(getattr(arguments, "verbose", False))
+            )
         arguments.crew = crew
         gc.freeze()  # what was imported lives to the end: do not look through it again and again
 
         def run() -> int:
             choose_plugins(arguments)
             code: int = arguments._run(arguments)
-            if sys.stdout is not None:
-                sys.stdout.flush()  # a command of another package prints
+            sys.stdout.flush()  # a command of another package prints
             return code
 
         return run_alone(run) if getattr(arguments, "_alone", False) else run_beside(run, crew)
-    except OSError as error:  # others are MultifdErrors by now
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again at exit
-        log.error(f"{lines.stdout.name}: {reason(error)}")
-        return 1
     except KeyboardInterrupt:
         log.error("interrupted")
         return 128 + signal.SIGINT
@@ -73,20 +73,34 @@ def _run(argv: Sequence[str], crew: Crew) -> int:
         if debug:
             import traceback
 
-            traceback.print_exc()
+            for line in traceback.format_exc().splitlines():
+                log.error(line)
         log.error(str(error))
         return 2 if isinstance(error, UsageError) else 1
 
 
-def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+class _Parser(argparse.ArgumentParser):
+    """Its words go where all others do: help is what a command is for, a wrong option is an error in one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.prog.removeprefix('multifd').strip()}: {message}; see {self.prog} --help".lstrip(": "))
+
+    def _print_message(self, message: str, file: object = None) -> None:  # noqa: ARG002 - of help, and the version
+        emit(*message.rstrip("\n").split("\n"))
+
+
+def _parser(argv: Sequence[str]) -> _Parser:
     """For this command line: only its command has its options.  Raises MultifdError where a plugin's cannot be used."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="multifd",
         description="QEMU's parallel migration channels: send, receive and look into guest memory, "
         "compressed by plugins.",
     )
     parser.add_argument("--version", action="version", version=f"multifd {__version__}")
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object at the end")
     common.add_argument("-v", "--verbose", action="store_true", help="say what was decided, and why")
     common.add_argument(

@@ -12,7 +12,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from multifd.cli import lines
-from multifd.cli.lines import CLEARED
 from multifd.errors import counted, reason
 from multifd.jobs.report import EVERY
 from multifd.log import escaped, log
@@ -39,9 +38,10 @@ def emit_json(found: object) -> None:
 def tell(text: str) -> None:
     """How something ended that has ended so whether anybody is told or not: one line on standard output."""
     try:
-        lines.stdout.offer(f"{escaped(text)}\n".encode(errors="backslashreplace"))
+        lines.stdout.offer(escaped(text))
     except OSError as error:
-        why = "it is closed" if lines.stdout.closed else reason(error)
+        why = "nobody reads it" if isinstance(error, BlockingIOError) else reason(error)
+        why = "it is closed" if lines.stdout.closed else why
         log.warning(f"standard output takes no more: {why}: {text}")
 
 
@@ -80,9 +80,8 @@ def print_table(table: Sequence[Sequence[str]], *, numbers: bool = False) -> Non
 
 def rewrite(text: str) -> None:
     """One line on the terminal instead of what stood there, until there is a record."""
-    data = f"{CLEARED}{escaped(text)}".encode(errors="backslashreplace") if text else b""
     with suppress(OSError):  # who does not look on has gone
-        lines.stderr.offer(data, unfinished=bool(text))
+        lines.stderr.offer(escaped(text), unfinished=bool(text))
 
 
 def size_text(count: float) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from contextlib import suppress
 from datetime import UTC, datetime
 
 from multifd.cli.lines import Lines
+from multifd.errors import counted
 from multifd.log import ABOUT, escaped, log
 
-#: Letters of a message: with what stands around it, a line of less than PIPE_BUF bytes.
-MOST = 1500
+#: Bytes of a line: with what is said of lines that were dropped, less than PIPE_BUF, which is written in one piece.
+MOST = 3800
 #: Warnings that are remembered.
 REMEMBERED = 1000
 
@@ -24,17 +24,29 @@ class Records(logging.Handler):
         self._lines = lines
         self._as_json = as_json
         self._told: dict[tuple[str, ...], None] = {}
+        self._dropped = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        about = {name: getattr(record, name, "") for name in ABOUT}
         message = escaped(" ".join(record.getMessage().split("\n")))
-        if len(message) > MOST:
-            message = f"{message[:MOST]}..."
+        about = {name: escaped(getattr(record, name, "")) for name in ABOUT}
         if record.levelno == logging.WARNING and self._known((*about.values(), message)):
             return
-        line = self._object(record, about, message) if self._as_json else _line(record, about, message)
-        with suppress(OSError):  # nothing ends for want of somebody who reads this
-            self._lines.offer(f"{line}\n".encode(errors="backslashreplace"))
+        line = self._shown(record, about, message)
+        while len(line.encode(errors="backslashreplace")) > MOST:
+            message = message[: len(message) * 3 // 4]
+            line = self._shown(record, about, f"{message}...")
+        if self._dropped:
+            told = f"{counted(self._dropped, 'line')} could not be written here"
+            dropped = log.makeRecord(log.name, logging.WARNING, "", 0, told, (), None)
+            line = f"{self._shown(dropped, dict.fromkeys(ABOUT, ''), told)}\n{line}"
+        try:
+            self._lines.offer(line)
+            self._dropped = 0
+        except OSError:  # nothing ends for want of somebody who reads this
+            self._dropped += 1
+
+    def _shown(self, record: logging.LogRecord, about: dict[str, str], message: str) -> str:
+        return _object(record, about, message) if self._as_json else _line(record, about, message)
 
     def _known(self, key: tuple[str, ...]) -> bool:
         if key in self._told:
@@ -44,12 +56,12 @@ class Records(logging.Handler):
         self._told[key] = None
         return False
 
-    @staticmethod
-    def _object(record: logging.LogRecord, about: dict[str, str], message: str) -> str:
-        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        named = {name: value for name, value in about.items() if value}
-        more = getattr(record, "progress", {})
-        return json.dumps({"time": time, "level": record.levelname.lower(), "message": message} | named | more)
+
+def _object(record: logging.LogRecord, about: dict[str, str], message: str) -> str:
+    time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+    named = {name: value for name, value in about.items() if value}
+    more = getattr(record, "progress", {})
+    return json.dumps({"time": time, "level": record.levelname.lower(), "message": message} | named | more)
 
 
 def _line(record: logging.LogRecord, about: dict[str, str], message: str) -> str:

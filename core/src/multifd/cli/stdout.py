@@ -8,10 +8,13 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TextIO
 
 from multifd.cli import lines
+from multifd.errors import HostError, reason
 from multifd.log import log
 
 #: Where plugins' code is called: module, function -> the name there of whom it belongs to.
@@ -26,9 +29,7 @@ def protect() -> None:
     """Make standard output the command's own, as long as the process lives.  Once, before any plugin is imported."""
     own = lines.stdout.fd = os.dup(1)
     os.dup2(2, 1)
-    if sys.stdout is not None:  # or it was closed
-        stream = open(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors, closefd=False)  # noqa: SIM115
-        sys.stdout = _Parted(stream)
+    sys.stdout = _Parted(open(own, "w", errors="backslashreplace", closefd=False))  # noqa: SIM115 - until it ends
 
 
 class _Parted:
@@ -42,19 +43,32 @@ class _Parted:
     def write(self, text: str) -> int:
         who = _plugin(sys._getframe(1))
         if who is None:
-            return self._own.write(text)
+            if lines.stdout.closed:
+                raise HostError(f"{lines.stdout.name} is closed")
+            with self._told():
+                return self._own.write(text)
         thread = threading.get_ident()
-        *lines, rest = (self._begun.pop(thread, ("", ""))[1] + text).split("\n")
+        *whole, rest = (self._begun.pop(thread, ("", ""))[1] + text).split("\n")
         if rest:
             self._begun[thread] = who, rest
-        for line in lines:
+        for line in whole:
             _tell(who, line)
         return len(text)
 
     def flush(self) -> None:
         for thread in list(self._begun):
             _tell(*self._begun.pop(thread))
-        self._own.flush()
+        with self._told():
+            self._own.flush()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Raises HostError where it cannot be written; what comes then is lost, also what Python writes at exit."""
+        try:
+            yield
+        except OSError as error:
+            self._own = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+            raise HostError(f"{lines.stdout.name}: {reason(error)}") from error
 
     @property
     def buffer(self) -> Any:

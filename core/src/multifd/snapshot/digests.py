@@ -35,6 +35,7 @@ MAX_LIST = 768 << 20
 MAX_THREADS = 8
 #: Seconds after which somebody who waits is told what for.
 PATIENCE = 1.0
+UNCHECKED = "nothing was sent, --no-verify does without the check"
 _ZEROS = bytearray(PIECE)
 
 
@@ -78,9 +79,10 @@ def read_into(fd: int, offset: int, buffer: memoryview, path: Path, length: int)
 class Pieces:
     """The list of one file's pieces, to check what is read of it; any thread may."""
 
-    def __init__(self, name: str, records: bytes) -> None:
-        """`name` is the RAM block's or the file's, for messages."""
+    def __init__(self, name: str, length: int, records: bytes) -> None:
+        """`name` is the RAM block's or the file's, for messages; `length` is what the file had, in bytes."""
         self._name = name
+        self._length = length
         self._records = records
 
     def check(self, offset: int, data: memoryview) -> None:
@@ -98,6 +100,11 @@ class Pieces:
         """A piece that is a hole.  Raises HostError where it was none."""
         if self._at(offset):
             raise self._wrong(offset, length)
+
+    def check_length(self, length: int) -> None:
+        """All of the file was read, so many bytes.  Raises HostError where it had more, or less."""
+        if length != self._length:
+            raise self._wrong(min(length, self._length), abs(length - self._length))
 
     def _at(self, offset: int) -> bytes:
         size = RECORD.size
@@ -118,8 +125,12 @@ class Pieces:
 
 @dataclass(frozen=True, slots=True)
 class FileDigest:
-    """Of one file: how many pieces are listed, and the list's SHA-256; `sha256` is the content's, where it is known."""
+    """Of one file: its bytes, how many pieces are listed, and the list's SHA-256.
 
+    `sha256` is the content's, where it is known.
+    """
+
+    size: int
     pieces: int
     digest: str
     sha256: str | None = None
@@ -156,12 +167,15 @@ def read_digests(index: Index) -> Digests | None:
         return None
     whole = get(index.whole, "digests", dict)
     files = []
-    for number, entry in enumerate(get(whole, "files", list)):
+    if get(whole, "piece_size", int, "digests.") != PIECE:
+        raise ValueError(f"digests.piece_size is not {PIECE}")
+    for number, entry in enumerate(get(whole, "files", list, "digests.")):
         where = f"digests.files[{number}]."
-        pieces, listed = get(entry, "pieces", int, where), get_digest(entry, "digest", where)
-        if pieces < 0 or listed is None:
-            raise ValueError(f"{where}pieces or {where}digest makes no sense")
-        files.append(FileDigest(pieces, listed, get_digest(entry, "sha256", where)))
+        size, pieces = get(entry, "size", int, where), get(entry, "pieces", int, where)
+        listed = get_digest(entry, "digest", where)
+        if size < 0 or pieces < 0 or listed is None:
+            raise ValueError(f"{where}size, {where}pieces or {where}digest makes no sense")
+        files.append(FileDigest(size, pieces, listed, get_digest(entry, "sha256", where)))
     known = get_digest(whole, "manifest", "digests.")
     if known is None or len(files) != len(index.files) + 2:
         raise ValueError("digests.manifest or digests.files makes no sense")
@@ -175,9 +189,15 @@ def load_pieces(directory: Directory, index: Index, digests: Digests) -> list[Pi
 
     Raises CallerError where one of them, or the index, is not as it was when the digests were made.
     """
+    for name, file in zip(index.names, digests.files, strict=True):
+        if directory.look(name).st_size != file.size:
+            raise _changed(directory.path / name)
     if manifest_digest(directory, index, [file.digest for file in digests.files]) != digests.manifest:
         raise _changed(directory.path / INDEX)
-    data = directory.read(LIST, sum(file.pieces for file in digests.files) * RECORD.size)
+    try:
+        data = directory.read(LIST, sum(file.pieces for file in digests.files) * RECORD.size)
+    except CallerError as error:
+        raise CallerError(f"{error}; {UNCHECKED}") from error
     found = []
     start = 0
     shown = [*(block.idstr for block in index.blocks), *index.names[-2:]]
@@ -186,14 +206,12 @@ def load_pieces(directory: Directory, index: Index, digests: Digests) -> list[Pi
         start += len(records)
         if hashlib.sha256(records).hexdigest() != file.digest:
             raise _changed(directory.path / LIST)
-        found.append(Pieces(f"{directory.path}: {name}", records))
+        found.append(Pieces(f"{directory.path}: {name}", file.size, records))
     return found
 
 
 def _changed(path: Path) -> CallerError:
-    return CallerError(
-        f"{path} is not as it was when the digests were made: nothing was sent, --no-verify does without the check"
-    )
+    return CallerError(f"{path} is not as it was when the digests were made: {UNCHECKED}")
 
 
 @dataclass(slots=True)
@@ -289,7 +307,7 @@ def make_digests(
     for file in files:
         records = b"".join(record for _, record in sorted(file.records.items()))
         lists.append(records)
-        found.append(FileDigest(len(file.records), hashlib.sha256(records).hexdigest(), file.sha256))
+        found.append(FileDigest(file.length, len(file.records), hashlib.sha256(records).hexdigest(), file.sha256))
     return found, b"".join(lists)
 
 
@@ -299,7 +317,8 @@ def described(directory: Directory, index: Index, files: Sequence[FileDigest]) -
         "manifest": manifest_digest(directory, index, [file.digest for file in files]),
         "piece_size": PIECE,
         "files": [
-            {"pieces": file.pieces, "digest": file.digest} | ({"sha256": file.sha256} if file.sha256 else {})
+            {"size": file.size, "pieces": file.pieces, "digest": file.digest}
+            | ({"sha256": file.sha256} if file.sha256 else {})
             for file in files
         ],
     }

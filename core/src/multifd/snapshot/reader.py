@@ -156,6 +156,8 @@ class Snapshot:
                     pieces.check(offset, memoryview(data))
                 offset += len(data)
                 yield data
+            if pieces is not None:
+                pieces.check_length(offset)
 
 
 def open_snapshot(path: str | Path, *, block: str = "pc.ram", page_size: int | None = None) -> Snapshot:
