@@ -105,6 +105,33 @@ def test_one_that_prints_for_ever_hangs(site: Site) -> None:
     assert site.run("-c", code).stdout == "it did not answer within 3 s: no card \\x1b[2J\n"
 
 
+def test_one_that_forks_is_one_row_and_nobody_elses(site: Site) -> None:
+    site.install(
+        "forks", "import os\n" + mistaken.plain("forks").replace("    return Probe", "    os.fork()\n    return Probe")
+    )
+    site.good("good")
+    rows = site.rows()
+    assert rows["forks"]["available"]
+    assert rows["good"]["available"]
+    code = "from multifd.codec.naming import learn\nfrom multifd.wire.flags import method_name\nlearn(31); "
+    assert site.run("-c", code + "print(method_name(31))").returncode == 0
+
+
+@pytest.mark.parametrize("helper", ["multifd_send", "multifd_recv_page", "multifd_send_startup", "multifd_recv_packet"])
+def test_a_helper_may_have_a_name_much_like_a_hooks(site: Site, helper: str) -> None:
+    site.install("helps", f"{mistaken.plain('helps')}\ndef {helper}(): pass\n")
+    assert site.rows()["helps"]["available"]
+
+
+def test_what_pluggy_does_not_take_is_named(site: Site) -> None:
+    text = mistaken.plain("cached").replace(
+        "def multifd_compressor", "@__import__('functools').cache\ndef multifd_compressor"
+    )
+    site.install("cached", text)
+    reason = site.rows()["cached"]["reason"]
+    assert "multifd_compressor is a _lru_cache_wrapper and no function: put it into a def" in reason
+
+
 # --- found on the hot path ---
 
 
@@ -282,7 +309,8 @@ def test_what_a_plugin_prints_is_marked_and_on_standard_error(work: Path) -> Non
     plugin = work / "prints.py"
     plugin.write_text(
         "import ctypes, os, sys\nprint('loaded', 1)\nctypes.CDLL(None).puts(b'from C')\n"
-        + in_prepare("prints", "print('packs'); sys.stdout.buffer.write(b'raw')")
+        "class Closing:\n    def __del__(self): print('closed')\n"
+        + in_prepare("prints", "print('packs'); sys.stdout.buffer.write(b'raw'); channel.compress_data = Closing()")
     )
     (work / "image.raw").write_bytes(os.urandom(4096) * 16)
     common = ("--plugin", str(plugin), "--json")
@@ -298,6 +326,7 @@ def test_what_a_plugin_prints_is_marked_and_on_standard_error(work: Path) -> Non
         assert json.loads(output)["compressor"] == "prints"
     assert f"multifd: {plugin} printed: loaded 1\n" in sent.stderr
     assert f"multifd: prints ({plugin}) printed: packs\n" in sent.stderr
+    assert "multifd: a plugin printed: closed\n" in sent.stderr, "nobody called it"
     assert "from C" in sent.stderr
 
 
@@ -342,8 +371,7 @@ def third(site: Site) -> Site:
 
 
 def test_an_installed_method_has_its_name(third: Site) -> None:
-    code = "from multifd.codec.naming import learn\nfrom multifd.wire import flags
-from multifd.wire.flags import method_name\n"
+    code = "from multifd.codec.naming import learn\nfrom multifd.wire.flags import method_name\n"
     code += "learn(28); learn(27); print(method_name(28), method_name(27))"
     assert third.run("-c", code).stdout == "lz4 method 27\n"
     third.install("two", GOOD.format(name="two", method="two", flag=28, hardware=False))

@@ -62,7 +62,7 @@ ON_LOAD = {
     ),
     "cleanup": (
         "$",
-        "def multifd_send_clean_up(channel): pass",
+        "@hookimpl\ndef multifd_send_clean_up(channel): pass",
         "did you mean multifd_send_cleanup?",
         "`multifd_compr",
     ),

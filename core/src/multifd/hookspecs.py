@@ -9,7 +9,7 @@ hook's arguments that it names.
 Importing the module and asking it for its facts must work where no library can be loaded: a
 library, and a Python package that brings one along, is touched in the probe and in set-up.  The import takes less
 than a second: whoever names the compressor waits for it.  Standard output is the command's: what a compressor or its
-library prints comes on standard error, with its name.
+library prints comes on standard error, with its name where Python prints it.
 
 One channel in one direction belongs to one thread, from set-up to cleanup: its hooks are never
 called by two at once, and different channels run at the same time.  The facts and the probe may

@@ -4,10 +4,10 @@ An entry point of group `multifd.commands` is a command: its name the entry poin
 
     def configure(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
 
-It is given the command's parser, which has `--json` and `--debug`, sets its `description`, adds its options, and
-returns what runs the command: given the parsed arguments, that returns the exit code.  A MultifdError is told in one
-line, and so is whatever else is raised, as a fault in the plugin.  Nothing of it is imported before the command is
-called; a command of multifd's own keeps its name.
+It is given the command's parser, which has `--json`, `--log`, `-v` and `--debug` (unless it brings its own of these
+names), sets its `description`, adds its options, and returns what runs the command: given the parsed arguments, that
+returns the exit code.  A MultifdError is told in one line, and so is whatever else is raised, as a fault in the plugin.
+Nothing of it is imported before the command is called; a command of multifd's own keeps its name.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 
+from multifd.cli.stdout import is_of_another_package
 from multifd.errors import HostError, MultifdError, describe
 
 Run = Callable[[argparse.Namespace], int]
@@ -98,6 +99,7 @@ def _brought_by(name: str) -> Configure:
                 raise HostError(f"the command {name} ({provider}) failed: {describe(error)}") from error
 
         def run(arguments: argparse.Namespace) -> int:
+            is_of_another_package()
             with guarded():
                 return int(its_run(arguments))
 

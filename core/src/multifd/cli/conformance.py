@@ -6,6 +6,7 @@ import argparse
 from dataclasses import asdict
 
 from multifd.cli.commands import Run
+from multifd.cli.options import plugin_options
 from multifd.cli.output import emit, emit_json
 from multifd.errors import UsageError
 
@@ -14,6 +15,7 @@ def configure(parser: argparse.ArgumentParser) -> Run:
     """Its options."""
     parser.description = "Run every check of the conformance suite on one compressor, each in a process of its own."
     parser.set_defaults(_alone=True)  # checks are forked
+    plugin_options(parser)
     parser.add_argument("compressor", metavar="NAME[,key=value...]", help="see `multifd compressors`")
     parser.add_argument("--check", metavar="CHECK", action="append", help="only this one; may be repeated")
     return run

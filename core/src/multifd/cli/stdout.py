@@ -23,6 +23,8 @@ CALLS = {
     ("multifd.codec.discovery", "load_plugin"): "found",
     ("multifd.codec.discovery", "add_file"): "path",
 }
+#: Where commands of other packages are loaded.
+COMMANDS = "multifd.cli.commands"
 
 
 def protect() -> None:
@@ -32,17 +34,25 @@ def protect() -> None:
     sys.stdout = _Parted(open(own, "w", errors="backslashreplace", closefd=False))  # noqa: SIM115 - until it ends
 
 
+def is_of_another_package() -> None:
+    """The command is: it prints what it is for, where multifd's own do not."""
+    if isinstance(sys.stdout, _Parted):
+        sys.stdout.own_words = True
+
+
 class _Parted:
     """`sys.stdout`: the command's text goes on, a plugin's is turned to standard error."""
 
     def __init__(self, own: TextIO) -> None:
         self._own = own
+        #: Whether words that no plugin is seen to print are the command's.
+        self.own_words = False
         #: By thread: what it printed of a line, and whose it is.
         self._begun: dict[int, tuple[str, str]] = {}
 
     def write(self, text: str) -> int:
         who = _plugin(sys._getframe(1))
-        if who is None:
+        if who is None or (not who and self.own_words):
             if lines.stdout.closed:
                 raise HostError(f"{lines.stdout.name} is closed")
             with self._told():
@@ -73,7 +83,8 @@ class _Parted:
     @property
     def buffer(self) -> Any:
         """Below the text: a plugin's bytes go to standard error as they are."""
-        return (self._own if _plugin(sys._getframe(1)) is None else sys.stderr).buffer
+        own = not _plugin(sys._getframe(1)) and self.own_words
+        return (self._own if own else sys.stderr).buffer
 
     def writelines(self, lines: Any) -> None:
         self.write("".join(lines))
@@ -83,18 +94,16 @@ class _Parted:
 
 
 def _tell(who: str, line: str) -> None:
-    log.info(f"{who} printed: {line}")
+    log.info(f"{who or 'a plugin'} printed: {line}")
 
 
 def _plugin(frame: FrameType | None) -> str | None:
-    """The plugin whose code prints, by the calls that it is in; None for the command itself."""
-    own = False
+    """The plugin whose code prints, by the calls that it is in, or empty; None for a command's own import."""
     while frame is not None:
         module = str(frame.f_globals.get("__name__"))
         caller = frame.f_back
         if found := CALLS.get((module, frame.f_code.co_name)):
-            for_command = caller is not None and caller.f_globals.get("__name__") == "multifd.cli.commands"
+            for_command = caller is not None and caller.f_globals.get("__name__") == COMMANDS
             return None if for_command else str(frame.f_locals.get(found))
-        own = own or module.startswith("multifd.")
         frame = caller
-    return None if own else "a plugin's thread"
+    return ""

@@ -170,12 +170,15 @@ def begin(whole: Mapping[str, Any]) -> None:
     if whole["memory"] is not None and (length := os.fstat(whole["memory"]).st_size):
         data = memoryview(mmap.mmap(whole["memory"], length, access=mmap.ACCESS_READ))
     with open(int(sys.argv[1]), "wb", 0) as out:
+        child = os.getpid()
 
-        def say(answer: Mapping[str, Any]) -> None:
+        def say(answer: Mapping[str, Any] | None) -> None:
+            if os.getpid() != child:  # a plugin has forked, and here comes the other one
+                os._exit(0)
             out.write(json.dumps(answer).encode() + b"\n")
 
         import_module(whole["module"]).child(whole["task"], data, say)
-        out.write(b"null\n")
+        say(None)
     # Not through what a plugin does at exit: it has answered.
     sys.stderr.flush()
     os._exit(0)

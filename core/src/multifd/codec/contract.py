@@ -88,6 +88,7 @@ def _about_hooks(plugin: object) -> Iterator[Question]:
     specs = {name: getattr(hookspecs, name) for name in vars(hookspecs) if name.startswith("multifd_")}
     marked: dict[str, tuple[object, dict[str, Any]]] = {}
     unmarked: list[str] = []
+    odd: dict[str, str] = {}
     for name in dir(plugin):
         there = inspect.getattr_static(plugin, name, None)
         plain = inspect.isfunction(there) or inspect.ismethod(there) or inspect.isbuiltin(there)
@@ -98,7 +99,11 @@ def _about_hooks(plugin: object) -> Iterator[Question]:
                 marked[mark.get("specname") or name] = function, mark
             elif name.startswith("m"):
                 unmarked.append(name)
+        elif name in specs:
+            odd[name] = type(there).__name__
     what = "module" if isinstance(plugin, ModuleType) else type(plugin).__name__
+    for name, kind in odd.items():
+        yield False, f"{name} is a {kind} and no function: put it into a def that is marked with @hookimpl", MARKED
     yield not isinstance(plugin, type), f"its entry point is the class {plugin!r}: make an object of it", MARKED
     bare = [name for name in unmarked if name in specs]
     hint = f": put @hookimpl above {', '.join(bare)}" if bare else ""
@@ -107,7 +112,8 @@ def _about_hooks(plugin: object) -> Iterator[Question]:
     unknown = [name for name, (_, mark) in marked.items() if name not in specs and not mark.get("optionalhook")]
     for name in [*unknown, *unmarked]:
         yield name not in missing, f"{name} is not marked with @hookimpl", MARKED
-        near = _alike(name, missing)
+        # A helper may be called much like a hook that need not be there.
+        near = _alike(name, [hook for hook in missing if name in unknown or hook in REQUIRED])
         yield name not in marked and not near, f"{name} is no hook{near}", MUST_BE_THERE
     for name in REQUIRED:
         yield name in marked, f"it has no {name}", MUST_BE_THERE

@@ -7,7 +7,6 @@ from contextlib import suppress
 
 from multifd.codec.probing import probe_all
 from multifd.codec.selection import names
-from multifd.errors import MultifdError
 from multifd.wire.flags import METHODS, THIRD_PARTY_FLAGS, method_name, name_method
 
 #: Seconds for an installed compressor to say its flag: a channel waits for it, once.
@@ -30,7 +29,7 @@ def learn(flag: int) -> None:
     with _lock:
         if flag in _asked:
             return
-        with suppress(MultifdError, OSError, RuntimeError):
+        with suppress(Exception):
             rows = probe_all([name for name in names() if name.partition("-")[0] not in METHODS], LIMIT)
             for number in THIRD_PARTY_FLAGS:
                 methods = {row["method"] for row in rows if row["flag"] == number}
