@@ -28,7 +28,7 @@ def test_cancels_read_the_same(start: Start, work: Path, release: str, relayed: 
     source = start(release, "source")
     source.fill(content())
     channels = 2 if release == "7.2" else FAILING_CHANNELS
-    source.prepare(channels=channels, return_path=True, max_bandwidth=8_000_000)
+    source.prepare(channels=channels, return_path=True, max_bandwidth=2_000_000)
     said = []
     for number in range(CANCELS):
         with ExitStack() as stack:
