@@ -87,7 +87,7 @@ class Chain:
         if case.phase == "shut":
             moment = replace(moment, handed=case.victim == "relay" or (case.victim == "receive" and mix.random() < 0.5))
         if self.long and moment.stream == "main":
-            moment = replace(moment, after=max(4, moment.after))  # somebody's main channel, for whom clocks run
+            moment = replace(moment, after=max(16, moment.after))  # a main channel, for whom clocks run, and no stranger
         there, here, gate = (f"unix:{work}/{name}" for name in ("there", "here", "gate"))
         onward = there if self.at_source else gate
         self.relay_arguments = ("relay", "--listen", here, "--connect", onward, "--to", to)
