@@ -83,11 +83,13 @@ class Chain:
             case.victim == "relay" and case.phase != "shut" and not self.long and mix.random() < 0.5
         )
         method, to = mix.choice(("none", "zlib", "zstd")), mix.choice(("zlib", "zstd"))
-        moment = self.courses[method if self.at_source or not relayed else to].moment(case.phase, mix)
+        course = self.courses[method if self.at_source or not relayed else to]
+        moment = course.moment(case.phase, mix)
         if case.phase == "shut":
             moment = replace(moment, handed=case.victim == "relay" or (case.victim == "receive" and mix.random() < 0.5))
         if self.long and moment.stream == "main":
-            moment = replace(moment, after=max(16, moment.after))  # a main channel, for whom clocks run, and no stranger
+            # Its RAM blocks have come: it is no stranger, and clocks run for it.
+            moment = replace(moment, after=max(course.blocks, moment.after))
         there, here, gate = (f"unix:{work}/{name}" for name in ("there", "here", "gate"))
         onward = there if self.at_source else gate
         self.relay_arguments = ("relay", "--listen", here, "--connect", onward, "--to", to)
