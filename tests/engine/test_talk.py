@@ -209,7 +209,6 @@ def test_a_snapshot_cannot_write_to_a_terminal(work: Path) -> None:
 def test_one_record_is_one_line_whoever_else_speaks() -> None:
     """From four threads, to a pipe; and no longer than a pipe takes at once."""
     out, into = os.pipe()
-    handler = Records(Lines(into, "a pipe"), as_json=False)
     said = [b""]
 
     def read() -> None:
@@ -222,20 +221,15 @@ def test_one_record_is_one_line_whoever_else_speaks() -> None:
 
     reading = threading.Thread(target=read)
     reading.start()
-    log.addHandler(handler)
-    try:
+    with logging_to(into, as_json=False):
         talking = [threading.Thread(target=talk, args=(number,)) for number in range(4)]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(log, "handlers", [handler])
-            for thread in talking:
-                thread.start()
-            for thread in talking:
-                thread.join()
-    finally:
-        log.removeHandler(handler)
-        os.close(into)
-        reading.join()
-        os.close(out)
+        for thread in talking:
+            thread.start()
+        for thread in talking:
+            thread.join()
+    os.close(into)
+    reading.join()
+    os.close(out)
     lines = said[0].decode().splitlines()
     assert len(lines) == 2000
     assert all(line.startswith("multifd: warning: ") and line.count("multifd") == 1 for line in lines)

@@ -22,7 +22,7 @@ import streams
 from multifd.crew import Crew
 from multifd.errors import CallerError, Cancelled, HostError, MultifdError
 from multifd.jobs.report import Result
-from multifd.snapshot import digests
+from multifd.snapshot import digests, directory
 from multifd.snapshot.writer import SnapshotWriter
 from multifd.wire.block import Block
 from told import warns
@@ -85,7 +85,7 @@ def test_the_plain_ones_are_those_of_the_files(work: Path) -> None:
 
 def test_holes_are_not_read(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
-    real = digests.read_into
+    real = directory.read_into
 
     def noting(fd: int, offset: int, buffer: memoryview, *rest: object) -> None:
         read.append(len(buffer))
@@ -225,7 +225,7 @@ def test_receive_and_send_say_the_same_one(work: Path) -> None:
 def test_who_waits_is_told_once(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Path] = []
     waiting = threading.Event()
-    real = digests.read_into
+    real = directory.read_into
 
     def slow(*arguments: object) -> None:
         assert waiting.wait(peers.TIMEOUT), "nobody was told"

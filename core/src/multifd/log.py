@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -41,6 +42,12 @@ def _name(record: logging.LogRecord) -> bool:
 
 
 log.addFilter(_name)
+
+
+def take_warnings() -> None:
+    """Log Python's warnings in this process: a plugin written for 0.1 tells so what goes on all the same."""
+    warnings.showwarning = lambda message, *_, **__: log.warning(str(message))
+    warnings.simplefilter("always", RuntimeWarning)
 
 
 def escaped(text: str) -> str:

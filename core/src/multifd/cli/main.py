@@ -9,7 +9,6 @@ import argparse
 import gc
 import signal
 import sys
-import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NoReturn
@@ -22,7 +21,7 @@ from multifd.cli.signals import Stopped, ignore_at_exit, leave_stuck, run_alone,
 from multifd.cli.stdout import protect
 from multifd.crew import Crew
 from multifd.errors import MultifdError, UsageError
-from multifd.log import escaped, log
+from multifd.log import escaped, log, take_warnings
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,9 +31,7 @@ def main(argv: Sequence[str]) -> int:
     protect()
     as_json = "--log=json" in argv or ("--log", "json") in pairwise(argv)  # until options are read
     records.begin(lines.stderr, as_json=as_json, verbose=not {"-v", "--verbose"}.isdisjoint(argv))
-    # A plugin may tell so what goes on all the same.
-    warnings.showwarning = lambda message, *_, **__: log.warning(str(message))
-    warnings.simplefilter("always", RuntimeWarning)
+    take_warnings()
     crew = Crew()
     code = _run(argv, crew)
     settle(code)

@@ -19,6 +19,7 @@ from typing import Any, Self
 from multifd.codec import discovery
 from multifd.crew import Crew, undone
 from multifd.errors import CompressorError, os_errors
+from multifd.log import escaped
 from multifd.wire.packet import Buffer
 
 #: Seconds in which a child says something, or else it hangs.
@@ -158,7 +159,7 @@ def _with_words(how: str, words: bytes) -> str:
     lines = [line for line in words.decode(errors="replace").splitlines() if line.strip()]
     if not lines:
         return how
-    last = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in lines[-1].strip())
+    last = escaped(lines[-1].strip())
     return f"{how}: {last[: LAST_LINE - 3] + '...' if len(last) > LAST_LINE else last}"
 
 

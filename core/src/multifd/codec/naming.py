@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import suppress
+from functools import cache
 
 from multifd.codec.probing import probe_all
 from multifd.codec.selection import names
@@ -13,8 +14,6 @@ from multifd.wire.flags import METHODS, THIRD_PARTY_FLAGS, method_name, name_met
 LIMIT = 3.0
 
 _lock = threading.Lock()
-#: The flags of which everybody has been asked: all of them, or none yet.
-_asked: set[int] = set()
 
 
 def learn(flag: int) -> None:
@@ -24,15 +23,16 @@ def learn(flag: int) -> None:
     loaded are known.  One of two methods with this number stays nameless, and so do all where the machine is short of
     something: a name is worth no migration.
     """
-    if flag in _asked or flag not in THIRD_PARTY_FLAGS or method_name(flag) != f"method {flag}":
-        return
-    with _lock:
-        if flag in _asked:
-            return
-        with suppress(Exception):
-            rows = probe_all([name for name in names() if name.partition("-")[0] not in METHODS], LIMIT)
-            for number in THIRD_PARTY_FLAGS:
-                methods = {row["method"] for row in rows if row["flag"] == number}
-                if len(methods) == 1:
-                    name_method(number, methods.pop())
-        _asked.update(THIRD_PARTY_FLAGS)
+    if flag in THIRD_PARTY_FLAGS and method_name(flag) == f"method {flag}":
+        with _lock:  # whoever comes second waits for the answers
+            _ask()
+
+
+@cache
+def _ask() -> None:
+    with suppress(Exception):
+        rows = probe_all([name for name in names() if name.partition("-")[0] not in METHODS], LIMIT)
+        for number in THIRD_PARTY_FLAGS:
+            methods = {row["method"] for row in rows if row["flag"] == number}
+            if len(methods) == 1:
+                name_method(number, methods.pop())

@@ -108,10 +108,10 @@ class Choice:
 
     def __str__(self) -> str:
         """All of them, with whom they are from."""
-        levels: dict[str, list[str]] = {}
+        found: dict[str, list[str]] = {}
         for compressor, settings in self.ways:
-            levels.setdefault(str(compressor), []).extend([] if settings.level is None else [str(settings.level)])
-        return "; ".join(f"{who}{', level ' if levels else ''}{' or '.join(levels)}" for who, levels in levels.items())
+            found.setdefault(str(compressor), []).extend([] if settings.level is None else [str(settings.level)])
+        return "; ".join(f"{who}, level {' or '.join(levels)}" if levels else who for who, levels in found.items())
 
     @property
     def method(self) -> str:

@@ -63,6 +63,10 @@ IDLE = 0.4
 Measure = Callable[[Compressor, Settings, memoryview, int, Callable[[], float]], tuple[float, float]]
 
 
+def _named(compressor: Compressor, level: int | None) -> str:
+    return compressor.name if level is None else f"{compressor.name} level {level}"
+
+
 @dataclass(slots=True, eq=False)
 class Rung:
     """One way to compress.
@@ -76,8 +80,7 @@ class Rung:
     ratio: float = 1.0
 
     def __str__(self) -> str:
-        level = self.settings.level
-        return self.compressor.name if level is None else f"{self.compressor.name} level {level}"
+        return _named(self.compressor, self.settings.level)
 
 
 @dataclass(slots=True)
@@ -185,7 +188,7 @@ class Effort:
             interval.encode += encode
             interval.handle += handle
             rung = self._now
-            self.used[compressor.name if level is None else f"{compressor.name} level {level}"] += 1
+            self.used[_named(compressor, level)] += 1
             if compressor is rung.compressor and level == rung.settings.level:
                 interval.packets += 1
                 interval.own_pages += pages

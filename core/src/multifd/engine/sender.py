@@ -175,8 +175,8 @@ class SendChannels:
         else:
             batch.block.read_piece(batch.offset, channel.buffer[: batch.length])
         for start in range(0, batch.length, PACKET_SIZE):
-            pages = None if batch.hole else channel.pages[start : min(start + PACKET_SIZE, batch.length)]
             length = min(PACKET_SIZE, batch.length - start)
+            pages = None if batch.hole else channel.pages[start : start + length]
             if not self._send_packet(channel, batch.block.block.idstr, batch.offset + start, length, pages):
                 channel.writer.encoder.idle(time.perf_counter() - started)
             started = time.perf_counter()

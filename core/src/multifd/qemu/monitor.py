@@ -16,6 +16,7 @@ from typing import Any, Self, TypeVar
 
 from multifd.crew import Crew
 from multifd.errors import MultifdError, PeerError
+from multifd.log import escaped
 from multifd.net.connect import connect
 from multifd.net.connection import Ended, Stalled
 from multifd.net.deadline import Silence
@@ -233,5 +234,4 @@ def shown(said: object) -> str:
     if isinstance(said, bytes | bytearray):
         said = said[: SHOWN + 1].decode(errors="backslashreplace")
     text = said if isinstance(said, str) else json.dumps(said)
-    visible = (letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text[:SHOWN])
-    return "".join(visible) + ("..." if len(text) > SHOWN else "")
+    return escaped(text[:SHOWN]) + ("..." if len(text) > SHOWN else "")

@@ -23,7 +23,7 @@ from typing import Any
 
 from multifd.crew import Crew
 from multifd.errors import CallerError, HostError, os_errors
-from multifd.snapshot.directory import Directory
+from multifd.snapshot.directory import Directory, next_data, read_into
 from multifd.snapshot.format import FORMAT, INDEX, Index, get, get_digest
 
 PIECE = 1 << 20
@@ -43,37 +43,6 @@ def is_zero(data: memoryview) -> bool:
     """Whether at most a piece is all zero."""
     # A bytearray on the left compares in one step (see `memory.zeropages`).
     return (_ZEROS if len(data) == PIECE else _ZEROS[: len(data)]) == data
-
-
-def next_data(fd: int, offset: int, length: int) -> int:
-    """Where the first byte at or after `offset` is that is not in a hole; the file's length where none is."""
-    try:
-        return os.lseek(fd, offset, os.SEEK_DATA)
-    except OSError:
-        # Past the last data, or a file system that knows no holes: then look at everything.
-        try:
-            end = os.lseek(fd, 0, os.SEEK_END)
-            os.lseek(fd, offset, os.SEEK_HOLE)
-        except OSError:
-            return offset
-        return length if end >= length else offset
-
-
-def read_into(fd: int, offset: int, buffer: memoryview, path: Path, length: int) -> None:
-    """Fill `buffer` with the bytes from `offset` on of a file that had `length` bytes.  Raises HostError.
-
-    Read, not mapped: a mapped file that shrinks or fails kills the process with SIGBUS.
-    """
-    done = 0
-    while done < len(buffer):
-        at = offset + done
-        with os_errors(f"{path} cannot be read at byte {at}"):
-            count = os.preadv(fd, [buffer[done:]], at)
-        if not count:
-            raise HostError(
-                f"{path} shrank to {at} bytes while it was read; it had {length}: nothing was confirmed, start again"
-            )
-        done += count
 
 
 class Pieces:

@@ -1,4 +1,4 @@
-"""A snapshot's directory: its files are regular ones, opened below it and through no link."""
+"""A snapshot's directory: its files are regular ones, opened below it and through no link; how they are read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from multifd.errors import CallerError, os_errors
+from multifd.errors import CallerError, HostError, os_errors
 from multifd.wire.packet import Buffer
 
 #: What a file is that is no regular one, in words.
@@ -179,3 +179,34 @@ def open_file(path: Path) -> int:
         os.close(fd)
         raise CallerError(f"{path} is neither a file nor a block device nor a snapshot's directory")
     return fd
+
+
+def next_data(fd: int, offset: int, length: int) -> int:
+    """Where the first byte at or after `offset` is that is not in a hole; the file's length where none is."""
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError:
+        # Past the last data, or a file system that knows no holes: then look at everything.
+        try:
+            end = os.lseek(fd, 0, os.SEEK_END)
+            os.lseek(fd, offset, os.SEEK_HOLE)
+        except OSError:
+            return offset
+        return length if end >= length else offset
+
+
+def read_into(fd: int, offset: int, buffer: memoryview, path: Path, length: int) -> None:
+    """Fill `buffer` with the bytes from `offset` on of a file that had `length` bytes.  Raises HostError.
+
+    Read, not mapped: a mapped file that shrinks or fails kills the process with SIGBUS.
+    """
+    done = 0
+    while done < len(buffer):
+        at = offset + done
+        with os_errors(f"{path} cannot be read at byte {at}"):
+            count = os.preadv(fd, [buffer[done:]], at)
+        if not count:
+            raise HostError(
+                f"{path} shrank to {at} bytes while it was read; it had {length}: nothing was confirmed, start again"
+            )
+        done += count

@@ -16,11 +16,9 @@ from multifd.snapshot.digests import (
     Pieces,
     load_pieces,
     manifest_digest,
-    next_data,
     read_digests,
-    read_into,
 )
-from multifd.snapshot.directory import Directory, open_file
+from multifd.snapshot.directory import Directory, next_data, open_file, read_into
 from multifd.snapshot.format import INDEX, Index, read_index
 from multifd.wire.block import Block
 from multifd.wire.flags import DEFAULT_PAGE_SIZE

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -28,7 +27,7 @@ from multifd.engine.encoder import Encoder
 from multifd.errors import CallerError, CompressorError, MultifdError
 from multifd.hookspecs import Facts
 from multifd.jobs.bench.model import Bench, Row
-from multifd.log import log
+from multifd.log import log, take_warnings
 from multifd.memory.buffer import packet_buffer
 from multifd.memory.zeropages import part
 from multifd.snapshot.reader import Snapshot, open_snapshot
@@ -279,8 +278,7 @@ class _Telling(logging.Handler):
 
 def child(task: Mapping[str, Any], data: memoryview, say: Say) -> None:
     """The child's part: what is left of a compressor's levels, measured; says something at each packet."""
-    warnings.showwarning = lambda message, *_, **__: say({"told": str(message)})
-    warnings.simplefilter("always", RuntimeWarning)
+    take_warnings()
     log.addHandler(_Telling(say))
     try:
         compressor = load(task["name"])
