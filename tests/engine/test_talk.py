@@ -357,6 +357,8 @@ def test_a_usage_error_is_a_record(work: Path) -> None:
     assert json.loads(line)["message"] == (
         "inspect: the following arguments are required: RECORDING|SNAPSHOT; see multifd inspect --help"
     )
+    result = run("send", "a", "unix:b", "--compresor", "zlib")
+    assert result.stderr == "multifd: send: unrecognized arguments: --compresor zlib; see multifd send --help\n"
     result = run("inspect", work / "a", "b\x1b[31m\n\u202e" + "n" * 10000)
     (line,) = result.stderr.splitlines()
     assert result.returncode == 2

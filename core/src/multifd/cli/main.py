@@ -81,9 +81,12 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
+        #: Whose help says more: argparse finds an unknown option of a command only where all of the line is read.
+        self.helper = self.prog
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{self.prog.removeprefix('multifd').strip()}: {message}; see {self.prog} --help".lstrip(": "))
+        where = self.helper.removeprefix("multifd").strip()
+        raise UsageError(f"{where}: {message}; see {self.helper} --help".lstrip(": "))
 
     def _print_message(self, message: str, file: object = None) -> None:  # noqa: ARG002 - of help, and the version
         emit(*message.rstrip("\n").split("\n"))
@@ -115,4 +118,5 @@ def _parser(argv: Sequence[str]) -> _Parser:
         )
         if command.name == wanted:
             its.set_defaults(_run=command.configure(its))
+            parser.helper = its.prog
     return parser
