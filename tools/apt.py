@@ -41,7 +41,9 @@ class Apt:
         for path in (Path("/etc/apt/sources.list"), *Path("/etc/apt/sources.list.d").glob("*")):
             if path.suffix in (".list", ".sources") and path.is_file():
                 text = path.read_text()
-                (parts / path.name).write_text(re.sub(rf"\b{own}\b(?!-)", suite, text))
+                # Backports lack what has not changed: that comes from the suite itself.
+                for name in {suite, suite.removesuffix("-backports")}:
+                    (parts / f"{name}-{path.name}").write_text(re.sub(rf"\b{own}\b(?!-)", name, text))
         self._said = ""
         self._run("update")
 
@@ -72,7 +74,7 @@ class Apt:
 
     def unpack_with_all_it_needs(self, root: Path, *names: str) -> None:
         """Packages and everything they depend on, down to the C library."""
-        if not self._run("install", "-y", "--download-only", "--no-install-recommends", *names):
+        if not self._run("install", "-y", "--download-only", "--no-install-recommends", f"-t{self.suite}", *names):
             self._fail(names)
         self._unpack(self._folder / "archives", root)
 

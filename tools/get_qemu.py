@@ -1,6 +1,6 @@
 """Get a QEMU of another release on a Debian machine, without installing anything.
 
-python3 tools/get_qemu.py DIR 7.2|10.0|guest
+python3 tools/get_qemu.py DIR 7.2|10.0|11.1|guest
 
 Prints the path of a qemu-system-x86_64: the machine's own where it is of that release, or a
 script under DIR that starts one unpacked there with all its libraries.  `guest`: the directory of
@@ -19,7 +19,7 @@ from pathlib import Path
 from apt import Apt
 
 #: QEMU -> the Debian suite that has it.
-SUITES = {"7.2": "bookworm", "10.0": "trixie"}
+SUITES = {"7.2": "bookworm", "10.0": "trixie", "11.1": "trixie-backports"}
 SCRIPT = """#!/bin/sh
 # Its own loader and libraries: they need not fit this machine's.
 root={root}
