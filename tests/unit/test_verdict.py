@@ -26,6 +26,9 @@ PROOFS = {
     relay: {
         "SYNC RAM_END ACCOUNTED SAID_DONE": "CONFIRMED",
         "SYNC RAM_END ACCOUNTED DESTINATION_DONE": "UNCONFIRMED",
+        # From where its main channel is not read any more, the destination is believed.
+        "OPAQUE SAID_DONE": "CONFIRMED",
+        "OPAQUE ACCOUNTED DESTINATION_DONE": "UNCONFIRMED",
     },
 }
 #: What ends it at once wherever it is, and how.

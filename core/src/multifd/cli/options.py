@@ -97,6 +97,10 @@ def bandwidth(text: str) -> float:
     return float(found[1]) * 1000.0 ** ("kmgt".index(found[2].lower()) + 1)
 
 
+#: Of `receive` and `relay`.
+PAGE_SIZE_HELP = "the guest's page size, 1K to 64K, where neither the stream nor its machine type tells it (4K)"
+
+
 def size(text: str) -> int:
     """Bytes, K for 1024 of them."""
     number = text.upper().removesuffix("K")

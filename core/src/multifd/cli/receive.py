@@ -7,6 +7,7 @@ import argparse
 from multifd.cli.commands import Run
 from multifd.cli.options import (
     LISTENING_CREDS,
+    PAGE_SIZE_HELP,
     URI_HELP,
     observe_option,
     plugin_options,
@@ -30,9 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="the snapshot to make; must not exist")
     parser.add_argument("--compressor", metavar="NAME", help="refuse packets of any other method")
     parser.add_argument("--channels", type=int, metavar="N", help="the source's multifd-channels (2)")
-    parser.add_argument(
-        "--page-size", type=size, metavar="SIZE", help="assumed where the stream names none: 4K, 16K or 64K (4K)"
-    )
+    parser.add_argument("--page-size", type=size, metavar="SIZE", help=PAGE_SIZE_HELP)
     parser.add_argument("--no-digest", action="store_true", help="make no digests at the end")
     parser.add_argument("--sha256", action="store_true", help="make the plain SHA-256 of each file, too")
     parser.add_argument(

@@ -11,10 +11,12 @@ from multifd.cli.commands import Run
 from multifd.cli.options import (
     CONNECTING_CREDS,
     LISTENING_CREDS,
+    PAGE_SIZE_HELP,
     URI_HELP,
     observe_option,
     plugin_options,
     progress_option,
+    size,
     timeout_option,
     uuid,
 )
@@ -41,6 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> Run:
         metavar="NAME[,key=value...]",
         help="the compressor to write with (payloads pass as they are), as for `multifd send`",
     )
+    parser.add_argument("--page-size", type=size, metavar="SIZE", help=PAGE_SIZE_HELP)
     parser.add_argument("--channels", type=int, metavar="N", help="the most channels that a source may use")
     parser.add_argument("--uuid", type=uuid, metavar="UUID", help="the destination's VM uuid, where it differs")
     parser.add_argument(
@@ -69,6 +72,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     failed = False
     unconfirmed = "; passed on, not confirmed: return-path is off on the source"
+    unread = "; passed on, confirmed by the destination"
+
+    def word(outcome: Relayed) -> str:
+        if outcome.rounds_checked:
+            return "" if outcome.confirmed else unconfirmed
+        return f"{unread if outcome.confirmed else unconfirmed}; rounds not checked"
 
     def show(outcome: Relayed | MultifdError) -> None:
         nonlocal failed
@@ -84,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
                 f"{outcome.seconds:.2f} s: {outcome.source} {size_text(outcome.bytes_in)} in, {outcome.destination} "
                 f"{size_text(outcome.bytes_out)} out, {counted(outcome.channels, 'channel')}"
                 f"{ways(outcome.statistics)}; VM {outcome.uuid}, {outcome.source_address} to "
-                f"{outcome.destination_address}{'' if outcome.confirmed else unconfirmed}"
+                f"{outcome.destination_address}{word(outcome)}"
             )
 
     with (
@@ -95,6 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
             to=arguments.to,
             uuid=arguments.uuid,
             channels=arguments.channels,
+            page_size=arguments.page_size,
             drop_switchover_start=arguments.drop_switchover_start,
             find_zero_pages=arguments.find_zero_pages,
             listen_tls_creds=arguments.listen_tls_creds,

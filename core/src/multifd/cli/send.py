@@ -45,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> Run:
         "default for a snapshot), or as normal pages",
     )
     parser.add_argument("--block", default="pc.ram", metavar="NAME", help="an image's RAM block (pc.ram)")
-    parser.add_argument("--page-size", type=size, metavar="SIZE", help="an image's page size: 4K, 16K or 64K (4K)")
+    parser.add_argument("--page-size", type=size, metavar="SIZE", help="an image's page size: 1K to 64K (4K)")
     parser.add_argument("--uuid", type=uuid, metavar="UUID", help="the destination's VM uuid (the snapshot's)")
     parser.add_argument(
         "--sync",

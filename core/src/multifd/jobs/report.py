@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from multifd.errors import UsageError
+from multifd.wire.packet import PAGE_SIZES
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,12 @@ EVERY = 0.5
 
 DEFAULT_CHANNELS = 2
 MAX_CHANNELS = 255
+
+
+def check_page_size(page_size: int | None) -> None:
+    """Raises UsageError for one that no machine has."""
+    if page_size not in (None, *PAGE_SIZES):
+        raise UsageError(f"page size {page_size} is none of {', '.join(map(str, PAGE_SIZES))}")
 
 
 def check_channels(channels: int) -> None:

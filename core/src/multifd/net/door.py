@@ -25,9 +25,10 @@ from multifd.net.parting import Parting
 from multifd.net.socket import SocketConnection
 from multifd.net.strangers import Strangers, foreign
 from multifd.net.wake import Wake
-from multifd.wire.events import BlockList, Configuration
+from multifd.wire.cursor import Unsupported
+from multifd.wire.events import BlockList, Configuration, Opaque
 from multifd.wire.flags import MULTIFD_MAGIC, VM_FILE_MAGIC
-from multifd.wire.mainchannel import Parser, Unsupported
+from multifd.wire.mainchannel import Parser
 from multifd.wire.packet import INIT, MAGIC, InitPacket
 
 #: So many may wait without having shown who they are.
@@ -48,16 +49,19 @@ TOGETHER = 1.0
 class Door:
     """Meets those who connect to a listener, which is its own from now on."""
 
-    def __init__(self, listener: Listener, timeout: float, crew: Crew, page_size: int | None = None) -> None:
+    def __init__(
+        self, listener: Listener, timeout: float, crew: Crew, page_size: int | None = None, *, passes: bool = False
+    ) -> None:
         """Who has not shown who they are `timeout` seconds after they came goes, whatever trickles.
 
-        `page_size` is assumed where a stream names none.
+        `page_size` and `passes` are as for `Parser`.
         """
         self._listener = listener
         self._timeout = timeout
         self._silence = Silence(timeout)  # of whom nobody waits for yet
         self._crew = crew
         self._page_size = page_size
+        self._passes = passes
         self._selector = selectors.DefaultSelector()
         self._wake = Wake()
         self._parting = Parting()
@@ -286,7 +290,7 @@ class Door:
             return
         (magic,) = MAGIC.unpack_from(caller.data)
         if magic == VM_FILE_MAGIC:
-            caller.parser = Parser(self._page_size)
+            caller.parser = Parser(self._page_size, passes=self._passes)
             self._follow(caller, bytes(caller.data))
         elif magic != MULTIFD_MAGIC:
             raise PeerError(foreign(caller.data))
@@ -304,7 +308,7 @@ class Door:
         for event in caller.parser.events():
             if isinstance(event, Configuration):
                 caller.configuration = event
-            elif isinstance(event, BlockList):
+            elif isinstance(event, BlockList | Opaque):
                 self._known(caller, self.mains)
                 return
         if len(caller.data) > MOST_HEAD:

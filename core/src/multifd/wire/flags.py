@@ -90,10 +90,18 @@ class RamSave(IntFlag):
 
 
 class Command(IntEnum):
-    """Commands on the main channel that a source without postcopy and COLO sends."""
+    """Commands on the main channel.
+
+    POSTCOPY_ADVISE has 16 bytes of data where postcopy-ram is on, none where dirty-bitmaps alone is.
+    """
 
     OPEN_RETURN_PATH = 1
     PING = 2
+    POSTCOPY_ADVISE = 3
+    POSTCOPY_LISTEN = 4
+    POSTCOPY_RUN = 5
+    PACKAGED = 7
+    COLO = 8
     SWITCHOVER_START = 11
 
 

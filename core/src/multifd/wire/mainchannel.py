@@ -6,61 +6,35 @@
         print(type(event).__name__)
     parser.end()  # the connection ended: was that allowed?
 
-All integers are big-endian.  Checked against QEMU 7.2.22 and 10.0.13.
+All integers are big-endian.  Checked against QEMU 7.2.22, 10.0.13 and 11.1.3.
 """
 
 from __future__ import annotations
 
 import json
-import struct
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from multifd.errors import PeerError
-from multifd.wire.block import Block, check_blocks, check_offset
-from multifd.wire.events import (
-    BlockList,
-    CommandReceived,
-    Configuration,
-    DeviceState,
-    Event,
-    PageData,
-    RamEnd,
-    SyncPoint,
-    ZeroPages,
-)
-from multifd.wire.flags import DEFAULT_PAGE_SIZE, RAM_VERSION, VM_FILE_MAGIC, VM_FILE_VERSION, Command, Section
-from multifd.wire.layout import (
-    COMMAND_HEAD,
-    CONTINUE,
-    EOS,
-    FILE_HEADER,
-    FLUSH,
-    MEM_SIZE,
-    PAGE,
-    SECTION_HEAD,
-    U32,
-    WORD,
-    ZERO,
-    ZERO_WORD,
-)
-from multifd.wire.packet import PAGE_SIZES
+from multifd.wire.configuration import read_configuration
+from multifd.wire.cursor import Cursor, Unsupported
+from multifd.wire.early import Body, body_of, told
+from multifd.wire.events import CommandReceived, DeviceState, EarlyState, Event, Opaque, Place, RamEnd
+from multifd.wire.flags import DEFAULT_PAGE_SIZE, VM_FILE_MAGIC, VM_FILE_VERSION, Command, Section
+from multifd.wire.layout import COMMAND_HEAD, FILE_HEADER, SECTION_HEAD, U32, WORD
+from multifd.wire.ramsections import RamSections, Steps, read_footer
 
 #: Bytes of data of the commands known here.
-COMMAND_LENGTHS: dict[int, int] = {Command.OPEN_RETURN_PATH: 0, Command.PING: 4, Command.SWITCHOVER_START: 0}
-
-MAX_MACHINE_NAME = 256
-MAX_BLOCKS = 4096
+COMMAND_LENGTHS: dict[int, tuple[int, ...]] = {
+    Command.OPEN_RETURN_PATH: (0,),
+    Command.PING: (4,),
+    Command.POSTCOPY_ADVISE: (0, 16),
+    Command.SWITCHOVER_START: (0,),
+}
 #: A description longer than this is not looked for (QEMU's are some 10 KiB to a few 100 KiB).
 MAX_DESCRIPTION = 16 << 20
-#: ZERO words read in one step; keeps an event small.
-ZERO_BATCH = 1024
 
-_POSTCOPY = "turn postcopy-ram off on the source: this side cannot take it"
-
-
-class Unsupported(PeerError):
-    """A migration, but of a kind that cannot be taken: the source's settings or devices have to change."""
+_POSTCOPY = "turn postcopy-ram off on the source, this side cannot take it"
 
 
 class Parser:
@@ -68,30 +42,46 @@ class Parser:
 
     `sync` is the mode once the first RAM section told it: `round` where it holds
     MULTIFD_FLUSH (machine types 8.1 and newer), else `section`.  `description` is the VM
-    description once the stream has come to its end.  `inside` says that the bytes so far end
-    inside something, so that more is due; between sections a source may be silent.
+    description once the stream has come to its end.  `ram_section` is the number of RAM's sections.
     """
 
-    def __init__(self, page_size: int | None = None) -> None:
-        """`page_size` is assumed where the stream names none."""
+    def __init__(self, page_size: int | None = None, *, passes: bool = False) -> None:
+        """`page_size`, in bytes, is assumed where the stream tells none.
+
+        Where it `passes`, what cannot be taken is no error but an event, `Opaque`: what follows is read no further.
+        """
         self.page_size = page_size or DEFAULT_PAGE_SIZE
-        self.sync = ""
         self.description: dict[str, Any] | None = None
-        self.inside = True
-        self._buffer = bytearray()
-        self._position = 0
-        self._consumed = 0
+        self._asked = page_size
+        self._passes = passes
+        self._cursor = Cursor()
+        self._ram = RamSections(self._cursor)
+        self._live: dict[int, Body] = {}
         self._command_at: int | None = None
-        self._blocks: dict[str, Block] = {}
-        self._block: Block | None = None
-        self._in_device_state = False
+        self._postcopy = False
+        self._last = False
         self._tail = bytearray()
         self._steps = self._parse()
 
     @property
+    def inside(self) -> bool:
+        """Whether the bytes so far end inside something, so that more is due; elsewhere a source may be silent."""
+        return self._cursor.inside
+
+    @property
+    def sync(self) -> str:
+        """See the class."""
+        return self._ram.sync
+
+    @property
+    def ram_section(self) -> int | None:
+        """See the class."""
+        return self._ram.section
+
+    @property
     def position(self) -> int:
         """Bytes read so far; while `events` goes on, the end of the event that it gave."""
-        return self._consumed + self._position
+        return self._cursor.offset
 
     @property
     def settled(self) -> int:
@@ -100,14 +90,10 @@ class Parser:
 
     def feed(self, data: bytes) -> None:
         """Add bytes; `events` says what they complete."""
-        if self._position:
-            del self._buffer[: self._position]
-            self._consumed += self._position
-            self._position = 0
-        self._buffer += data
+        self._cursor.feed(data)
 
     def events(self) -> Iterator[Event]:
-        """What the bytes so far complete.  Raises PeerError where they are not a migration."""
+        """What the bytes so far complete.  Raises PeerError where they are not a migration, or one of another kind."""
         for event in self._steps:
             if event is None:
                 return
@@ -126,8 +112,8 @@ class Parser:
         """
         if self.complete:
             return
-        at = self._consumed + len(self._buffer)
-        if not self._in_device_state:
+        at = self._cursor.fed
+        if not self._last:
             raise PeerError(f"the stream ended at byte {at}, before the RAM sections were complete")
         if description_required:
             raise PeerError(
@@ -137,237 +123,113 @@ class Parser:
         if not self._tail or self._tail[-1] != Section.EOF:
             raise PeerError(f"the stream ended at byte {at}, inside the device state")
 
-    # A coroutine that reads like the format: it yields events, and None for "more data".
-    _Steps = Generator[Event | None, None, None]
-
-    def _take(self, count: int) -> Generator[None, None, bytes]:
-        while len(self._buffer) - self._position < count:
-            yield None
-        start = self._position
-        self._position += count
-        return bytes(self._buffer[start : self._position])
-
-    def _unpack(self, layout: struct.Struct) -> Generator[None, None, tuple[Any, ...]]:
-        data = yield from self._take(layout.size)
-        return layout.unpack(data)
-
-    def _number(self, layout: struct.Struct) -> Generator[None, None, int]:
-        (number,) = yield from self._unpack(layout)
-        return int(number)
-
-    def _byte(self) -> Generator[None, None, int]:
-        data = yield from self._take(1)
-        return data[0]
-
-    def _kind(self) -> Generator[None, None, int]:
-        """The byte that opens the next part."""
-        self.inside = False
-        kind = yield from self._byte()
-        self.inside = True
-        return kind
-
-    def _name(self) -> Generator[None, None, str]:
-        length = yield from self._byte()
-        data = yield from self._take(length)
-        return data.decode("ascii", "backslashreplace")
-
-    def _wrong(self, text: str, kind: type[PeerError] = PeerError) -> PeerError:
-        return kind(f"at byte {self.position}: {text}")
-
-    def _parse(self) -> _Steps:
-        magic, version = yield from self._unpack(FILE_HEADER)
-        if magic != VM_FILE_MAGIC:
-            raise self._wrong(f"magic {magic:#010x} instead of {VM_FILE_MAGIC:#010x} (QEVM): not a migration stream")
-        if version != VM_FILE_VERSION:
-            raise self._wrong(f"migration stream version {version}, this side knows {VM_FILE_VERSION}")
-        kind = yield from self._configuration()
-        ram_id = None
+    def _parse(self) -> Steps:
+        cursor = self._cursor
+        try:
+            yield from self._parts()
+            last: Event = RamEnd()
+        except Unsupported as why:
+            if not self._passes:
+                raise
+            last = Opaque(str(why), self._postcopy)
+        self._command_at = None
+        self._last = True
+        cursor.inside = False
+        yield last
         while True:
-            if kind == Section.COMMAND:
-                yield from self._command()
-            elif kind == Section.START and ram_id is None:
-                ram_id = yield from self._ram_start()
-                yield from self._ram_body(ram_id, first=True)
-            elif kind in (Section.PART, Section.END) and ram_id is not None:
-                section = yield from self._number(U32)
-                if section != ram_id:
-                    raise self._wrong(f"section {section} is not RAM's ({ram_id}) and cannot be delimited")
-                yield from self._ram_body(ram_id)
-                if kind == Section.END:
-                    break
-            else:
-                yield from self._refuse_section(kind)
-            kind = yield from self._kind()
-        self.inside = False
-        self._in_device_state = True
-        yield RamEnd()
-        while True:
-            while self._position == len(self._buffer):
+            while cursor.position == len(cursor.buffer):
                 yield None
-            data = bytes(self._buffer[self._position :])
-            self._position = len(self._buffer)
+            data = cursor.rest()
             self._look_for_description(data)
             yield DeviceState(data)
 
-    def _configuration(self) -> Generator[Event | None, None, int]:
-        """The configuration section; returns the byte after it, which opens the next."""
-        kind = yield from self._kind()
-        if kind != Section.CONFIGURATION:
-            raise self._wrong(f"section type {kind:#04x} where the configuration should be: machine with no type?")
-        length = yield from self._number(U32)
-        if length > MAX_MACHINE_NAME:
-            raise self._wrong(f"a machine type of {length} bytes")
-        name = yield from self._take(length)
-        raw = bytearray([kind]) + U32.pack(length) + name
-        page_size = uuid = None
-        while (kind := (yield from self._kind())) == Section.SUBSECTION:
-            subsection = yield from self._name()
-            version = yield from self._number(U32)
-            if version != 1:
-                raise self._wrong(f"{subsection} has version {version}, this side knows 1")
-            if subsection == "configuration/target-page-bits":
-                bits = yield from self._number(U32)
-                if bits > 63 or 1 << bits not in PAGE_SIZES:
-                    raise self._wrong(f"a page size of 2^{bits} bytes")
-                page_size = self.page_size = 1 << bits
-                content = U32.pack(bits)
-            elif subsection == "configuration/uuid":
-                content = uuid = yield from self._take(16)
-            elif subsection == "configuration/capabilities":
-                yield from self._refuse_capabilities()
+    def _parts(self) -> Steps:
+        """All that comes before RAM is complete."""
+        cursor, ram = self._cursor, self._ram
+        magic, version = yield from cursor.unpack(FILE_HEADER)
+        if magic != VM_FILE_MAGIC:
+            raise cursor.wrong(f"magic {magic:#010x} instead of {VM_FILE_MAGIC:#010x} (QEVM): not a migration stream")
+        if version != VM_FILE_VERSION:
+            raise cursor.wrong(f"migration stream version {version}, this side knows {VM_FILE_VERSION}")
+        configuration, kind = yield from read_configuration(cursor)
+        self.page_size = configuration.page_size or self._asked or DEFAULT_PAGE_SIZE
+        yield configuration
+        if configuration.capabilities:
+            names = " and ".join(configuration.capabilities)
+            raise cursor.wrong(f"the source has {names} on, which leave memory out: turn it off there", Unsupported)
+        place = Place.BEFORE_RAM
+        while True:
+            if kind == Section.COMMAND:
+                yield from self._command()
+            elif kind in (Section.START, Section.FULL, Section.PART, Section.END):
+                cursor.keep(bytes([kind]))
+                section = yield from cursor.number(U32)
+                if kind in (Section.START, Section.FULL):
+                    name = yield from cursor.name()
+                    instance, version = yield from cursor.unpack(SECTION_HEAD)
+                    if name == "ram" and kind == Section.START:
+                        cursor.keep_no_more()
+                        yield from ram.start(section, instance, version, self.page_size)
+                        place = Place.BEFORE_PAGES
+                    else:
+                        self._begin(section, name)
+                        yield from self._early(section, place)
+                        if kind == Section.FULL:  # it does not go on
+                            del self._live[section]
+                elif section == ram.section:
+                    cursor.keep_no_more()
+                    place = Place.BEFORE_END
+                    yield from ram.read(self.page_size)
+                    if kind == Section.END:
+                        return
+                elif section in self._live:
+                    yield from self._early(section, place)
+                else:
+                    raise cursor.wrong(f"section {section} goes on, and never began")
+            elif kind == Section.EOF:
+                raise cursor.wrong("the source ended the stream before RAM was complete: did it fail or cancel?")
             else:
-                raise self._wrong(f"subsection {subsection!r} of the configuration is unknown")
-            raw += bytes([Section.SUBSECTION, len(subsection)]) + subsection.encode() + U32.pack(1) + content
-        yield Configuration(name.decode("ascii", "backslashreplace"), page_size, uuid, bytes(raw))
-        return kind
+                raise cursor.wrong(f"section type {kind:#04x} is not expected here")
+            kind = yield from cursor.kind()
 
-    def _refuse_capabilities(self) -> Generator[None, None, None]:
-        count = yield from self._number(U32)
-        names: list[str] = []
-        while len(names) < min(count, 8):
-            names += [(yield from self._name())]
-        text = f"the source has {' and '.join(names)} on, which leave memory out: turn it off there"
-        raise self._wrong(text, Unsupported)
+    def _begin(self, section: int, name: str) -> None:
+        """A section that is not RAM's.  Raises Unsupported where nobody knows its layout."""
+        body = body_of(name)
+        if body is None:
+            raise self._cursor.wrong(f"section {section} ({name}) before RAM is complete: {told(name)}", Unsupported)
+        if section in self._live or section == self._ram.section:
+            raise self._cursor.wrong(f"section {section} ({name}) has the number of another one")
+        self._live[section] = body
 
-    def _command(self) -> _Steps:
+    def _early(self, section: int, place: Place) -> Steps:
+        """What is left of one, to its footer."""
+        cursor = self._cursor
+        for _ in self._live[section](cursor):
+            if data := cursor.kept():
+                yield EarlyState(place, data)
+            yield None
+        yield from read_footer(cursor, section)
+        yield EarlyState(place, cursor.kept())
+        cursor.keep_no_more()
+
+    def _command(self) -> Steps:
+        cursor = self._cursor
         self._command_at = self.position - 1  # its section's type is read
-        number, length = yield from self._unpack(COMMAND_HEAD)
-        if 3 <= number <= 10:
-            what = "COLO" if number == 8 else f"postcopy: {_POSTCOPY}"
-            raise self._wrong(f"command {number} belongs to {what}", Unsupported)
+        number, length = yield from cursor.unpack(COMMAND_HEAD)
         wanted = COMMAND_LENGTHS.get(number)
-        if wanted is not None and length != wanted:
-            raise self._wrong(f"command {number} with {length} bytes of data, not {wanted}")
-        data = yield from self._take(length)
+        if wanted is not None and length not in wanted:
+            wants = " or ".join(map(str, wanted))
+            raise cursor.wrong(f"command {number} with {length} bytes of data, not {wants}")
+        if 4 <= number <= 10 or (number == Command.POSTCOPY_ADVISE and length and not self._passes):
+            self._postcopy = number in (Command.POSTCOPY_LISTEN, Command.POSTCOPY_RUN, Command.PACKAGED)
+            what = "COLO" if number == Command.COLO else f"postcopy: {_POSTCOPY}"
+            raise cursor.wrong(f"command {number} belongs to {what}", Unsupported)
+        data = yield from cursor.take(length)
         self._command_at = None
         yield CommandReceived(number, data)
-
-    def _refuse_section(self, kind: int) -> _Steps:
-        if kind in (Section.START, Section.FULL):
-            section, name, _, _ = yield from self._section_head()
-            raise self._wrong(
-                f"section {section} ({name}) before RAM is complete: devices with live sections of their own "
-                "(VFIO, block migration, dirty bitmaps) cannot be delimited",
-                Unsupported,
-            )
-        if kind == Section.EOF:
-            raise self._wrong("the source ended the stream before RAM was complete: did it fail or cancel?")
-        raise self._wrong(f"section type {kind:#04x} is not expected here")
-
-    def _section_head(self) -> Generator[None, None, tuple[int, str, int, int]]:
-        section = yield from self._number(U32)
-        name = yield from self._name()
-        instance, version = yield from self._unpack(SECTION_HEAD)
-        return section, name, instance, version
-
-    def _ram_start(self) -> Generator[Event | None, None, int]:
-        section, name, instance, version = yield from self._section_head()
-        if name != "ram" or instance:
-            raise self._wrong(f"the first section is {name!r} instance {instance}, not ram: it cannot be delimited")
-        if version != RAM_VERSION:
-            raise self._wrong(f"ram section version {version}, this side knows {RAM_VERSION}")
-        return section
-
-    def _ram_body(self, section: int, *, first: bool = False) -> _Steps:
-        """The words of one RAM section, to its EOS and footer."""
-        while True:
-            word = yield from self._number(WORD)
-            flags = word & (self.page_size - 1)
-            address = word - flags
-            if flags == EOS:
-                break
-            if flags == FLUSH:
-                self.sync = self.sync or "round"
-                yield SyncPoint()
-            elif flags & ~CONTINUE in (ZERO, PAGE):
-                if not flags & CONTINUE:
-                    name = yield from self._name()
-                    self._block = self._blocks.get(name)
-                    if self._block is None:
-                        raise self._wrong(f"a page of RAM block {name!r}, which the source did not list")
-                yield from self._page(address, zero=bool(flags & ZERO))
-            elif flags == MEM_SIZE and first and not self._blocks:
-                yield from self._block_list(address)
-            else:
-                raise self._wrong(f"RAM flags {flags:#x} are unknown here")
-        if first and not self._blocks:
-            raise self._wrong("the first RAM section lists no blocks")
-        if self.sync != "round":
-            self.sync = "section"
-            yield SyncPoint()
-        kind, footer = yield from self._unpack(struct.Struct(">BI"))
-        if kind != Section.FOOTER or footer != section:
-            raise self._wrong(f"a footer of section {section} should be here, not {kind:#04x} {footer}")
-
-    def _page(self, address: int, *, zero: bool) -> _Steps:
-        block = self._block
-        if block is None:
-            raise self._wrong("a page that goes on in the block of the page before it, and there was none")
-        if not zero:
-            data = yield from self._take(self.page_size)
-            self._check(block, (address,))
-            yield PageData(block.idstr, address, data)
-            return
-        fill = yield from self._byte()
-        if fill:
-            raise self._wrong(f"a page filled with {fill:#04x}: only zero is sent this way")
-        offsets = [address]
-        # Words of one block follow each other by the thousand: read all that are here at once.
-        plain = ZERO | CONTINUE
-        mask = self.page_size - 1
-        ready = min((len(self._buffer) - self._position) // ZERO_WORD.size, ZERO_BATCH)
-        end = self._position + ready * ZERO_WORD.size
-        for word, fill in ZERO_WORD.iter_unpack(self._buffer[self._position : end]):
-            if fill or word & mask != plain:
-                break
-            offsets.append(word - plain)
-        self._position += (len(offsets) - 1) * ZERO_WORD.size
-        self._check(block, offsets)
-        yield ZeroPages(block.idstr, tuple(offsets))
-
-    def _check(self, block: Block, offsets: Sequence[int]) -> None:
-        # An address in a word is a multiple of the page size by its layout.
-        if max(offsets) + self.page_size > block.used_length:
-            try:
-                check_offset(block, max(offsets), self.page_size)
-            except PeerError as error:
-                raise self._wrong(str(error)) from None
-
-    def _block_list(self, total: int) -> _Steps:
-        blocks: list[Block] = []
-        while total > 0:
-            name = yield from self._name()
-            length = yield from self._number(WORD)
-            if length > total or len(blocks) == MAX_BLOCKS:
-                raise self._wrong(f"RAM block {name!r} of {length} bytes: the list does not add up to its total")
-            total -= length
-            blocks.append(Block(name, length))
-        try:
-            check_blocks(blocks, self.page_size)
-        except PeerError as error:
-            raise self._wrong(str(error)) from None
-        self._blocks = {block.idstr: block for block in blocks}
-        yield BlockList(tuple(blocks))
+        if number == Command.POSTCOPY_ADVISE and length and WORD.unpack_from(data)[0] != self.page_size:
+            # Then the block list has another layout, of which nothing tells for which blocks.
+            raise cursor.wrong("postcopy of memory in huge pages", Unsupported)
 
     def _look_for_description(self, data: bytes) -> None:
         self.description = None

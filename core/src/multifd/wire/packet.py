@@ -131,11 +131,10 @@ class RamPacket:
         magic, version, flags, alloc, normal, size, num, zero, name = RAM.unpack_from(data)
         _check_prefix(magic, version)
         room = pages_per_packet(page_size)
-        if alloc > room:
-            raise PeerError(
-                f"packet {num} says {alloc} pages, {room} of {page_size} bytes fit: "
-                "is the page size the same on both sides?"
-            )
+        if alloc not in (0, room):
+            theirs = PACKET_SIZE // alloc if PACKET_SIZE % alloc == 0 else 0
+            right = f": the guest's is {theirs} (--page-size {theirs})" if theirs in PAGE_SIZES else ""
+            raise PeerError(f"packet {num} has room for {alloc} pages, {room} of {page_size} bytes fit{right}")
         if normal > alloc or zero > alloc - normal:
             raise PeerError(f"packet {num} holds {normal} normal and {zero} zero pages, but has room for {alloc}")
         offsets: tuple[int, ...] = ()

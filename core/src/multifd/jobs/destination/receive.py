@@ -14,7 +14,7 @@ from multifd.crew import Crew, undone
 from multifd.errors import Cancelled, MultifdError, PeerError, UsageError
 from multifd.jobs.destination.connections import meet, recorded
 from multifd.jobs.destination.migration import Migration
-from multifd.jobs.report import DEFAULT_CHANNELS, EVERY, OnProgress, Result, check_channels
+from multifd.jobs.report import DEFAULT_CHANNELS, EVERY, OnProgress, Result, check_channels, check_page_size
 from multifd.jobs.verdict import ENDED_EARLY
 from multifd.log import log
 from multifd.net.deadline import DEFAULT_TIMEOUT, FOREVER, Silence
@@ -28,7 +28,6 @@ from multifd.observe.observers import Observers
 from multifd.qemu.driver import THEN, Source
 from multifd.snapshot.directory import Access
 from multifd.snapshot.writer import check_free
-from multifd.wire.packet import PAGE_SIZES
 
 #: Seconds without a byte after which QEMU is asked whether it waits for somebody.
 WAITS = 2.0
@@ -81,8 +80,7 @@ def receive(
     `cancel` ends the job from any thread.
     Raises UsageError, CallerError, HostError, PeerError, CompressorError, Cancelled.
     """
-    if page_size not in (None, *PAGE_SIZES):
-        raise UsageError(f"page size {page_size} is none of {', '.join(map(str, PAGE_SIZES))}")
+    check_page_size(page_size)
     if then not in THEN:
         raise UsageError(f"then {then!r} is none of {', '.join(THEN)}")
     where = Uri.parse(uri)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from multifd.errors import PeerError
 from multifd.jobs.relay.channel import Channel
+from multifd.jobs.verdict import LAST_WORD
 from multifd.log import log
 from multifd.net.connection import Ended
 from multifd.net.deadline import Silence
+from multifd.net.socket import SocketConnection
 from multifd.wire.numbers import Missing, Numbers
 from multifd.wire.packet import InitPacket
 
@@ -117,6 +119,16 @@ class Channels:
         self._await(lambda channel: channel.over, over)
         for channel in self.running.values():
             channel.numbers.check_end(channel.id, channel.syncs, points)
+
+    def all_taken(self, onward: Sequence[SocketConnection]) -> bool:
+        """Whether the destination has taken all bytes that mean something, as far as its kernel says.  Not locked."""
+        spared = [channel.destination for channel in self.running.values() if channel.numbers.merged]
+        deadline = time.monotonic() + LAST_WORD
+        while any(connection.untaken() for connection in onward if connection not in spared):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+        return True
 
     def _one_more_than(self, known: int) -> bool:
         return self._changed.wait_for(lambda: len(self.ids) > known, LATE_CHANNEL)

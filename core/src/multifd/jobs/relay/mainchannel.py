@@ -6,12 +6,12 @@ import threading
 from collections.abc import Callable, Iterator
 
 from multifd.errors import MultifdError, PeerError
+from multifd.jobs.relay.plan import Plan
 from multifd.net.connection import MAIN_READ, Connection, Ended
 from multifd.net.security import warn_exposed
 from multifd.net.socket import SocketConnection
 from multifd.observe.hooks import BACK, IN, OUT
-from multifd.observe.observers import Observers
-from multifd.wire.events import BlockList, CommandReceived, Configuration, Event, SyncPoint, ZeroPages
+from multifd.wire.events import BlockList, CommandReceived, Configuration, Event, Opaque, SyncPoint, ZeroPages
 from multifd.wire.flags import Command
 from multifd.wire.layout import COMMAND_HEAD
 from multifd.wire.mainchannel import Parser
@@ -22,25 +22,27 @@ COMMAND_SIZE = 1 + COMMAND_HEAD.size
 
 
 class MainChannel:
-    """What passed on it so far; one thread passes on, another passes back, and all of it is guarded by `changed`.
+    """What passed on it so far, read along as far as it can be; all of it is guarded by `changed`.
 
+    One thread passes on, another passes back.
     `return_path` says that the destination is to answer; `sync_points` are those that the source has sent, `zero_pages`
     the pages that it named here; `memory_bytes` are the RAM blocks' lengths; `ended` says that it has ended its stream
-    without VM description, where it may.
+    without VM description, where it may; `opaque` is why what passes is read no more, empty while it is.
     """
 
-    def __init__(self, changed: threading.Condition, observers: Observers, *, drop_switchover_start: bool) -> None:
+    def __init__(self, changed: threading.Condition, plan: Plan) -> None:
         self.machine = ""
         self.return_path = False
-        self.blocks_known = False
+        self.begun = False
         self.sync_points = 0
         self.memory_bytes = 0
         self.zero_pages = 0
         self.ended = False
+        self.opaque = ""
         self._changed = changed
-        self._observers = observers
-        self._drop_switchover_start = drop_switchover_start
-        self._parser = Parser()
+        self._observers = plan.observers
+        self._drop_switchover_start = plan.drop_switchover_start
+        self._parser = Parser(plan.page_size, passes=True)
         self._answers = ReturnPathParser()
         # What has not passed yet, and from where in the stream on.
         self._held = bytearray()
@@ -48,7 +50,7 @@ class MainChannel:
 
     @property
     def page_size(self) -> int:
-        """Right once the blocks are known."""
+        """Right once it is `begun`."""
         return self._parser.page_size
 
     @property
@@ -164,5 +166,9 @@ class MainChannel:
                 case BlockList(blocks=blocks):
                     self.memory_bytes = sum(block.used_length for block in blocks)
                     # A source sends no page before; now the page size is known.
-                    self.blocks_known = True
+                    self.begun = True
+                    self._changed.notify_all()
+                case Opaque(why=why):
+                    self.opaque = why
+                    self.begun = True
                     self._changed.notify_all()

@@ -23,14 +23,15 @@ from multifd.jobs.relay.recoding import Recoding
 from multifd.jobs.relay.verdict import FINAL, SUCCESSES, Saw, State, after, fitting, seen, told
 from multifd.jobs.report import EVERY, OnProgress
 from multifd.jobs.verdict import LAST_WORD
+from multifd.log import log
 from multifd.net.caller import EARLY, Caller, by_vm, likeliest
 from multifd.net.connect import connect
 from multifd.net.connection import Ended, Lost
-from multifd.net.deadline import LETTING_GO, Silence
+from multifd.net.deadline import FOREVER, LETTING_GO, Silence
 from multifd.net.socket import SocketConnection, await_closing
 from multifd.net.wake import Wake
 from multifd.observe.hooks import IN, OUT
-from multifd.wire.events import BlockList, Event, PageData, RamEnd, SyncPoint
+from multifd.wire.events import BlockList, Event, Opaque, PageData, RamEnd, SyncPoint
 from multifd.wire.packet import InitPacket
 
 GONE = "the destination closed the connection"
@@ -57,7 +58,7 @@ class Migration:
         self._error: BaseException | None = None
         self._stopped = False
         self._answered = False
-        self._main = MainChannel(changed, plan.observers, drop_switchover_start=plan.drop_switchover_start)
+        self._main = MainChannel(changed, plan)
         self._connections: list[SocketConnection] = []
         self._onward: list[SocketConnection] = []
         self._destination: SocketConnection | None = None
@@ -275,6 +276,11 @@ class Migration:
                 self._saw(Saw.SYNC)
             case RamEnd():
                 self._saw(Saw.RAM_END)
+            case Opaque(why=why, postcopy=postcopy):
+                log.warning(f"main channel: {why}: what follows passes unread, and rounds are not checked")
+                if postcopy:  # to end it would be the guest's end
+                    self._silence.timeout = FOREVER
+                self._saw(Saw.OPAQUE)
 
     def _serve_channel(self, connection: SocketConnection, init: InitPacket) -> None:
         try:
@@ -286,14 +292,14 @@ class Migration:
 
     def _relay_channel(self, connection: SocketConnection, init: InitPacket) -> None:
         with self._changed:
-            self.crew.wait_for(lambda: self._main.blocks_known or self.over)  # now the page size is known
+            self.crew.wait_for(lambda: self._main.begun or self.over)  # now the page size is known
             if self.over and not self.ended_early:
                 return
         channel: Channel
         size = self._main.page_size
         try:
             there = self._connect()
-            if not self._main.blocks_known:
+            if not self._main.begun:
                 there.write([self._plan.onward(init).pack()])
                 there.finish()
                 return
@@ -319,8 +325,9 @@ class Migration:
     def _account(self) -> None:
         """The main channel is complete: all else has to have passed, too.  Raises PeerError where it has not."""
         main, wake = self._main, self._main_complete
-        with self._changed:
-            self._channels.account(main.sync_points, main.page_size, wake.set, lambda: self.over)
+        if not main.opaque:
+            with self._changed:
+                self._channels.account(main.sync_points, main.page_size, wake.set, lambda: self.over)
         self._saw(Saw.ACCOUNTED)
 
     def _pass_back(self, destination: SocketConnection, source: SocketConnection) -> None:
@@ -340,7 +347,7 @@ class Migration:
         if self._main.ended:
             self._saw(Saw.SOURCE_ENDED, Ended("main channel: it ended without VM description"))
         elif self._state is State.PASSED_ON and not self._main.return_path:
-            if self._all_taken():
+            if self._channels.all_taken(self._onward):
                 self._saw(Saw.DESTINATION_DONE)
             left = " before it had taken all that it was sent"
         self._saw(Saw.DESTINATION_CLOSED, Lost(f"{GONE}{left}"))
@@ -353,16 +360,6 @@ class Migration:
         if self._state is State.SWITCHED_OVER:  # its stream has no description, which would have ended it
             self._account()
         self._saw(Saw.SAID_DONE, PeerError("the destination says that it has everything, before it was sent"))
-
-    def _all_taken(self) -> bool:
-        """Whether the destination has taken all bytes that mean something, as far as its kernel says."""
-        spared = [channel.destination for channel in self._channels.running.values() if channel.numbers.merged]
-        deadline = time.monotonic() + LAST_WORD
-        while any(connection.untaken() for connection in self._onward if connection not in spared):
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.01)
-        return True
 
     def _told(self) -> BaseException:
         assert self._error is not None
@@ -397,4 +394,5 @@ class Migration:
             to=self._plan.to.name if self._plan.to is not None else None,
             used=self._effort.used if self._effort is not None else {},
             confirmed=self._state is State.CONFIRMED,
+            rounds_checked=not self._main.opaque,
         )

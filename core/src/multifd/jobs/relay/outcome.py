@@ -20,8 +20,9 @@ class Relayed:
     """What one migration through the relay came to.
 
     Bytes are those of all connections, from source to destination.  `confirmed` says that the destination answered
-    that it has everything; where it is False, return-path is off on the source: nobody asked.  `uuid` is the VM's, as
-    the source has it; `source_address` and `destination_address` are URIs.
+    that it has everything; where it is False, return-path is off on the source: nobody asked.  `rounds_checked`
+    is False where a part of the main channel could not be read, so that only the destination can tell whether all of it
+    came.  `uuid` is the VM's, as the source has it; `source_address` and `destination_address` are URIs.
     """
 
     seconds: float
@@ -34,6 +35,7 @@ class Relayed:
     source: str
     destination: str
     confirmed: bool
+    rounds_checked: bool
     statistics: dict[str, int]
     uuid: str
     source_address: str
@@ -50,6 +52,7 @@ class Relayed:
         to: str | None,
         used: Mapping[str, int],
         confirmed: bool,
+        rounds_checked: bool,
     ) -> Self:
         """Of a migration with this main channel, from its source and to its destination, and these multifd channels.
 
@@ -73,6 +76,7 @@ class Relayed:
             source=came,
             destination=to or came,
             confirmed=confirmed,
+            rounds_checked=rounds_checked,
             statistics=dict(statistics),
             uuid=about["uuid"],
             source_address=about["source"],

@@ -17,7 +17,7 @@ class Plan:
     """How connections are made and packets change; `to` is None where payloads pass as they are.
 
     `uuid` replaces the guest's, 16 bytes; `channels` is the most that a source may use;
-    `timeout` is in seconds.
+    `page_size`, in bytes, is assumed where the stream tells none; `timeout` is in seconds.
     """
 
     target: Uri
@@ -27,6 +27,7 @@ class Plan:
     uuid: bytes | None
     channels: int | None
     drop_switchover_start: bool
+    page_size: int | None
     find_zero_pages: bool
     observers: Observers
     timeout: float

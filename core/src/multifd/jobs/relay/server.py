@@ -29,7 +29,7 @@ from multifd.jobs.relay.counters import Sample, added
 from multifd.jobs.relay.migration import Migration
 from multifd.jobs.relay.outcome import Relayed
 from multifd.jobs.relay.plan import Plan
-from multifd.jobs.report import OnProgress
+from multifd.jobs.report import OnProgress, check_page_size
 from multifd.log import about, log
 from multifd.net import parting
 from multifd.net.caller import Caller
@@ -59,6 +59,7 @@ class Relay:
         uuid: bytes | None = None,
         channels: int | None = None,
         drop_switchover_start: bool = False,
+        page_size: int | None = None,
         find_zero_pages: bool = False,
         listen_tls_creds: str | Path | None = None,
         connect_tls_creds: str | Path | None = None,
@@ -73,7 +74,8 @@ class Relay:
         given), `to` the one that writes them, `NAME[,key=value...]`, or
         `auto[,accepts=METHOD+METHOD...]` for the best one here of the methods that the destination
         accepts: where there is none, or both are the same, payloads pass unread.
-        `uuid` replaces the guest's, 16 bytes; `channels` is the most that a source may use.
+        `uuid` replaces the guest's, 16 bytes; `channels` is the most that a source may use; `page_size`, in bytes, is
+        assumed where its stream tells none.
         `drop_switchover_start` takes out a command that destinations before 10.0 refuse;
         `find_zero_pages` looks for zero pages that the source sent as normal ones, for destinations of 9.0
         and newer with fresh memory; towards uadk in the first round only, since QEMU's clears no page
@@ -85,6 +87,7 @@ class Relay:
         Crew, whose `cancel` is as `stop`.
         Raises UsageError, CallerError, CompressorError, HostError.
         """
+        check_page_size(page_size)
         target = Uri.parse(to_uri)
         where = Uri.parse(listen)
         for uri in (where, target):
@@ -102,7 +105,17 @@ class Relay:
         readers = Readers.parse(source)
         observers = Observers(observe)
         self._plan = Plan(
-            target, wrap, readers, choice, uuid, channels, drop_switchover_start, find_zero_pages, observers, timeout
+            target,
+            wrap,
+            readers,
+            choice,
+            uuid,
+            channels,
+            drop_switchover_start,
+            page_size,
+            find_zero_pages,
+            observers,
+            timeout,
         )
         self._crew = crew or Crew()
         self._changed = self._crew.changed
@@ -149,7 +162,7 @@ class Relay:
 
         `on_progress` is told twice a second how far the one under way is; what it raises fails that.
         """
-        door = Door(self._listener, self._plan.timeout, self._crew)
+        door = Door(self._listener, self._plan.timeout, self._crew, self._plan.page_size, passes=True)
         self._serves = True
         served = 0
         try:

@@ -23,7 +23,8 @@ class State(Enum):
     SET_UP = "its RAM blocks are known"
     MOVING = "its channels move pages"
     SWITCHED_OVER = "its RAM is complete by the main channel's word, device state passes"
-    PASSED_ON = "all of it has passed, every packet accounted for"
+    OPAQUE = "its main channel passes unread"
+    PASSED_ON = "all of it has passed, every packet accounted for where its main channel was read"
     CONFIRMED = "the destination says that it has everything"
     UNCONFIRMED = "the destination took everything; nobody asked it to say so"
     ENDED_EARLY = "the source ended it: cancelled, or gone"
@@ -39,6 +40,7 @@ class Saw(Enum):
     BLOCKS = "the list of RAM blocks came"
     SYNC = "the main channel is at a sync point"
     RAM_END = "the RAM sections ended"
+    OPAQUE = "what the main channel says is read no more"
     ACCOUNTED = "the main channel is complete, and so is every other"
     SAID_DONE = "the destination says that it has everything"
     SAID_FAILED = "the destination says that it failed"
@@ -55,6 +57,10 @@ PROGRESS = {
     (State.SET_UP, Saw.SYNC): State.MOVING,
     (State.MOVING, Saw.RAM_END): State.SWITCHED_OVER,
     (State.SWITCHED_OVER, Saw.ACCOUNTED): State.PASSED_ON,
+    **dict.fromkeys(((state, Saw.OPAQUE) for state in (State.WAITING, State.SET_UP, State.MOVING)), State.OPAQUE),
+    (State.OPAQUE, Saw.ACCOUNTED): State.PASSED_ON,
+    # After postcopy its stream has no description that ends it.
+    (State.OPAQUE, Saw.SAID_DONE): State.CONFIRMED,
     (State.PASSED_ON, Saw.SAID_DONE): State.CONFIRMED,
     (State.PASSED_ON, Saw.DESTINATION_DONE): State.UNCONFIRMED,
 }
