@@ -96,7 +96,7 @@ def test_methods_that_differ(work: Path) -> None:
 
 def test_more_channels_than_expected(work: Path) -> None:
     sender, receiver = both(work, {"channels": 4}, {"channels": 2})
-    assert "the sender uses at least" in receiver
+    assert "the sender uses " in receiver  # at least so many, or more: as many as had come when two were there
     assert "this side expects 2: start both with the same --channels" in receiver
     assert "4 channels" in sender
 

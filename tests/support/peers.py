@@ -175,15 +175,15 @@ class Keeping:
                 data += piece
                 end = _described(data) if self._is_described else data.endswith(streams.DEVICE_STATE + b"\0")
                 whole = data[:4] == b"QEVM" and end
-                if whole:
-                    sock.sendall(self.answer)
                 if self.missing is not None:
                     with self._changed:
                         self.missing -= len(piece)
                         self._changed.notify_all()
-                    if whole:
-                        with self._changed:
+                        if whole:
                             assert self._changed.wait_for(lambda: not self.missing, TIMEOUT)
+                if whole:
+                    sock.sendall(self.answer)
+                    if self.missing is not None:
                         break
         if data[:4] == b"QEVM":
             self.main = bytes(data)

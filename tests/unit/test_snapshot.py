@@ -209,7 +209,14 @@ def test_what_is_no_source(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"format": 2}, "format 2, this multifd reads 1"),
+        ({"format": 3}, "format 3, this multifd reads 1 and 2: upgrade it"),
+        ({"format": 2}, "is damaged: needs is missing"),
+        ({"format": 2, "needs": ["early-sections", "pac\nked"]}, r"needs pac\\nked, which this multifd does not know"),
+        ({"format": 2, "needs": ["early-sections"]}, "early_sections is missing"),
+        (
+            {"format": 2, "needs": ["early-sections"], "early_sections": {"ram_section": 1, "in_ram": "../x"}},
+            "is no name of a file",
+        ),
         ({"page_size": 4095}, "make no sense"),
         ({"sync": "never"}, "make no sense"),
         ({"blocks": []}, "make no sense"),

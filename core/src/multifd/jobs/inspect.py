@@ -19,7 +19,7 @@ from multifd.snapshot.format import INDEX
 from multifd.snapshot.reader import open_snapshot
 from multifd.wire.block import check_packet
 from multifd.wire.counts import Counts
-from multifd.wire.events import BlockList, Configuration, DeviceState, PageData, SyncPoint, ZeroPages
+from multifd.wire.events import BlockList, Configuration, DeviceState, EarlyState, PageData, SyncPoint, ZeroPages
 from multifd.wire.flags import PACKET_SIZE, method_name
 from multifd.wire.mainchannel import Parser
 from multifd.wire.numbers import ChannelNumbers, Numbers, Round
@@ -67,6 +67,7 @@ def _snapshot(path: Path) -> dict[str, Any]:
             }
             for item, entry in zip(snapshot.blocks, snapshot.index["blocks"], strict=True)
         ],
+        "early_state_bytes": snapshot.early_state_bytes,
         "device_state_bytes": snapshot.device_state_bytes,
         "digest": snapshot.digest,
         "channels": transfer.get("channels"),
@@ -119,7 +120,13 @@ def _recording(path: Path) -> dict[str, Any]:
         for connection in (main, *channels):
             cleanup.callback(connection.close)
         parser = Parser()
-        head: dict[str, Any] = {"machine": "", "uuid": None, "blocks": [], "device_state_bytes": 0}
+        head: dict[str, Any] = {
+            "machine": "",
+            "uuid": None,
+            "blocks": [],
+            "early_state_bytes": 0,
+            "device_state_bytes": 0,
+        }
         main_tally = _main(main, parser, head)
         tallies = [_channel(connection, parser, head) for connection in channels]
         wire = main.bytes_read + sum(connection.bytes_read for connection in channels)
@@ -143,6 +150,7 @@ def _recording(path: Path) -> dict[str, Any]:
         "page_size": parser.page_size,
         "sync": parser.sync,
         "blocks": head["blocks"],
+        "early_state_bytes": head["early_state_bytes"],
         "device_state_bytes": head["device_state_bytes"],
         "channels": len(channels),
         "method": "+".join(sorted(methods)) or None,
@@ -176,9 +184,11 @@ def _main(main: Connection, parser: Parser, head: dict[str, Any]) -> _Tally:
             parser.feed(data)
             for event in parser.events():
                 match event:
-                    case Configuration(machine, _, uuid, _):
+                    case Configuration(machine, _, uuid):
                         head["machine"] = machine
                         head["uuid"] = str(UUID(bytes=uuid)) if uuid else None
+                    case EarlyState(_, data):
+                        head["early_state_bytes"] += len(data)
                     case BlockList(blocks):
                         head["blocks"] = [{"idstr": block.idstr, "used_length": block.used_length} for block in blocks]
                         head["by_name"] = {block.idstr: block for block in blocks}

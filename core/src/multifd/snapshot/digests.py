@@ -3,7 +3,7 @@
 A file's digest is the SHA-256 of its list of pieces: offset, length and SHA-256 of each that is not all zero (RECORD),
 in the order of the file.  A hole and zeros are the same, and neither is read where the file system knows its holes.
 The lists lie in pieces.bin, one behind the other in the order of snapshot.json's `digests.files`: the blocks', the
-configuration's, the device state's.  The manifest digest stands for all of it.
+configuration's, the device state's, the early sections' where there are any.  The manifest digest stands for all of it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 from multifd.crew import Crew
 from multifd.errors import CallerError, HostError, os_errors
 from multifd.snapshot.directory import Directory, next_data, read_into
-from multifd.snapshot.format import FORMAT, INDEX, Index, get, get_digest
+from multifd.snapshot.format import INDEX, Index, get, get_digest
 
 PIECE = 1 << 20
 #: Offset, length, SHA-256; big-endian.
@@ -107,7 +107,7 @@ class FileDigest:
 
 @dataclass(frozen=True, slots=True)
 class Digests:
-    """What snapshot.json says of digests: of each file, in the order blocks, configuration, device state."""
+    """What snapshot.json says of digests: of each file, in the order of `Index.names`."""
 
     manifest: str
     files: tuple[FileDigest, ...]
@@ -116,9 +116,9 @@ class Digests:
 def manifest_digest(directory: Directory, index: Index, digests: Sequence[str]) -> str:
     """What stands for the snapshot: all that `send` makes of it; `digests` are its files'.  Raises CallerError."""
     files = [[directory.look(name).st_size, digest] for name, digest in zip(index.names, digests, strict=True)]
-    *blocks, configuration, device_state = files
+    blocks, (configuration, device_state, *early) = files[: len(index.files)], files[len(index.files) :]
     text = {
-        "format": FORMAT,
+        "format": index.format,
         "uuid": str(uuids.UUID(bytes=index.uuid)),
         "machine": index.machine,
         "page_size": index.page_size,
@@ -127,6 +127,9 @@ def manifest_digest(directory: Directory, index: Index, digests: Sequence[str]) 
         "configuration": configuration,
         "device_state": device_state,
     }
+    if index.early is not None:
+        places = [place.value for place in index.early.files]
+        text["early_sections"] = {"ram_section": index.early.ram_section} | dict(zip(places, early, strict=True))
     return hashlib.sha256(json.dumps(text).encode()).hexdigest()
 
 
@@ -146,7 +149,7 @@ def read_digests(index: Index) -> Digests | None:
             raise ValueError(f"{where}size, {where}pieces or {where}digest makes no sense")
         files.append(FileDigest(size, pieces, listed, get_digest(entry, "sha256", where)))
     known = get_digest(whole, "manifest", "digests.")
-    if known is None or len(files) != len(index.files) + 2:
+    if known is None or len(files) != len(index.names):
         raise ValueError("digests.manifest or digests.files makes no sense")
     if sum(file.pieces for file in files) * RECORD.size > MAX_LIST:
         raise ValueError("digests.files: too many pieces")
@@ -169,7 +172,7 @@ def load_pieces(directory: Directory, index: Index, digests: Digests) -> list[Pi
         raise CallerError(f"{error}; {UNCHECKED}") from error
     found = []
     start = 0
-    shown = [*(block.idstr for block in index.blocks), *index.names[-2:]]
+    shown = [*(block.idstr for block in index.blocks), *index.others]
     for name, file in zip(shown, digests.files, strict=True):
         records = data[start : start + file.pieces * RECORD.size]
         start += len(records)

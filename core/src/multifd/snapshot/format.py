@@ -4,6 +4,7 @@
     DIR/0-pc.ram.raw         RAM block 0, as long as the block, holes where pages are zero
     DIR/configuration.bin    the main channel's configuration section, as it came
     DIR/device_state.bin     what followed the RAM sections, as it came, description included
+    DIR/early_*.bin          format 2: sections other than RAM's that came before RAM was complete, by where they came
     DIR/pieces.bin           the digests of all files' pieces (`multifd.snapshot.digests`)
 
 It is written under another name beside its own and renamed when all of it is on disk; digests follow.
@@ -19,15 +20,21 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from multifd.errors import CallerError, PeerError
+from multifd.log import escaped
 from multifd.snapshot.directory import Directory
 from multifd.wire.block import MAX_LENGTH, Block, check_blocks
 from multifd.wire.document import parse_document
+from multifd.wire.events import Place
 from multifd.wire.packet import PAGE_SIZES
 
+#: What is written where a reader needs nothing more, and what else is read: `needs` names what it needs then.
 FORMAT = 1
+WITH_NEEDS = 2
+EARLY = "early-sections"
 INDEX = "snapshot.json"
 CONFIGURATION = "configuration.bin"
 DEVICE_STATE = "device_state.bin"
+EARLY_STATE = "early_{}.bin"
 SYNC_MODES = ("section", "round")
 #: Bytes; with the 4096 blocks that a stream may have, it is some 2 MiB long.
 MAX_INDEX = 16 << 20
@@ -38,6 +45,14 @@ _COUNTS = {
 
 T = TypeVar("T")
 _DIGEST = re.compile("[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Early:
+    """The early sections: the files of those that came at each place, and the number that RAM's sections had."""
+
+    files: dict[Place, str]
+    ram_section: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +71,22 @@ class Index:
     files: tuple[str, ...]
     configuration: str
     device_state: str
+    early: Early | None
+
+    @property
+    def format(self) -> int:
+        """The number of the format."""
+        return FORMAT if self.early is None else WITH_NEEDS
+
+    @property
+    def others(self) -> list[str]:
+        """The files that are no block's: the configuration's, the device state's, the early sections'."""
+        return [self.configuration, self.device_state, *(self.early.files.values() if self.early is not None else ())]
 
     @property
     def names(self) -> list[str]:
-        """Of all files, in the order of their digests: the blocks', the configuration's, the device state's."""
-        return [*self.files, self.configuration, self.device_state]
+        """Of all files, in the order of their digests: first the blocks'."""
+        return [*self.files, *self.others]
 
 
 def _load(directory: Directory) -> dict[str, Any]:
@@ -90,14 +116,18 @@ def read_index(directory: Directory) -> Index:
     path = directory.path / INDEX
     try:
         number = get(whole, "format", int)
-        if number != FORMAT:
-            raise CallerError(f"{path} has format {str(number)[:20]}, this multifd reads {FORMAT}: upgrade it")
-        return _checked(whole)
+        if number not in (FORMAT, WITH_NEEDS):
+            raise CallerError(f"{path} has format {str(number)[:20]}, this multifd reads 1 and 2: upgrade it")
+        needs = get(whole, "needs", list) if number == WITH_NEEDS else []
+        if unknown := [need for need in needs if need != EARLY]:
+            what = escaped(str(unknown[0])[:40])
+            raise CallerError(f"{path} needs {what}, which this multifd does not know: upgrade it")
+        return _checked(whole, early=EARLY in needs)
     except (ValueError, PeerError) as error:
         raise CallerError(f"{path} is damaged: {error}") from error
 
 
-def _checked(whole: dict[str, Any]) -> Index:
+def _checked(whole: dict[str, Any], *, early: bool) -> Index:
     entries = get(whole, "blocks", list)
     blocks, files = [], []
     for number, entry in enumerate(entries):
@@ -118,6 +148,7 @@ def _checked(whole: dict[str, Any]) -> Index:
         tuple(files),
         _name(whole, "configuration"),
         _name(whole, "device_state"),
+        _early(whole) if early else None,
     )
     if found.page_size not in PAGE_SIZES or found.sync not in SYNC_MODES or not blocks:
         raise ValueError("page_size, sync or blocks make no sense")
@@ -137,6 +168,15 @@ def _checked(whole: dict[str, Any]) -> Index:
     if len({*names}) != len(names):
         raise ValueError("two of its files have one name")
     return found
+
+
+def _early(whole: dict[str, Any]) -> Early:
+    entry = get(whole, "early_sections", dict)
+    where = "early_sections."
+    ram_section = get(entry, "ram_section", int, where)
+    if not 0 <= ram_section < 1 << 32:
+        raise ValueError(f"{where}ram_section makes no sense")
+    return Early({place: _name(entry, place.value, where) for place in Place if place.value in entry}, ram_section)
 
 
 def get(entry: object, key: str, kind: type[T], where: str = "") -> T:

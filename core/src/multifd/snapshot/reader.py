@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +19,9 @@ from multifd.snapshot.digests import (
     read_digests,
 )
 from multifd.snapshot.directory import Directory, next_data, open_file, read_into
-from multifd.snapshot.format import INDEX, Index, read_index
+from multifd.snapshot.format import INDEX, Early, Index, read_index
 from multifd.wire.block import Block
+from multifd.wire.events import Place
 from multifd.wire.flags import DEFAULT_PAGE_SIZE
 
 #: Bytes; QEMU's are some hundred.
@@ -122,31 +123,56 @@ class Snapshot:
     @property
     def device_state_bytes(self) -> int:
         """Its length.  Raises CallerError."""
-        if self._opened is None or self.device_state is None:
-            return 0
-        return self._opened[0].look(self.device_state.name).st_size
+        return self._length([self._opened[1].device_state] if self._opened is not None else [])
+
+    @property
+    def early_state_bytes(self) -> int:
+        """The length of all early sections.  Raises CallerError."""
+        return self._length(self.early.files.values() if self.early is not None else [])
+
+    def _length(self, names: Iterable[str]) -> int:
+        return sum(self._opened[0].look(name).st_size for name in names) if self._opened is not None else 0
 
     def load_pieces(self) -> list[Pieces]:
-        """What reading is checked against: the blocks' pieces, the configuration's, the device state's; or nothing.
+        """What reading is checked against: of the files in the order of `Index.names`; or nothing.
 
-        The configuration and the device state are checked at once.  Raises CallerError, and HostError where one of them
-        is not what was received.
+        All but the blocks' are checked at once.  Raises CallerError, and HostError where one of them is not what was
+        received.
         """
         if self._opened is None or self.digests is None:
             return []
         pieces = load_pieces(*self._opened, self.digests)
-        pieces[-2].check(0, memoryview(self.configuration or b""))
-        for _ in self.read_device_state(pieces[-1]):
-            pass
+        configuration, device_state, *early = pieces[len(self.blocks) :]
+        configuration.check(0, memoryview(self.configuration or b""))
+        for reading in (self.read_device_state(device_state), *map(self.read_early, self.places, early)):
+            for _ in reading:
+                pass
         return pieces
+
+    @property
+    def early(self) -> Early | None:
+        """The sections other than RAM's that came before RAM was complete, if any did."""
+        return self._opened[1].early if self._opened is not None else None
+
+    @property
+    def places(self) -> list[Place]:
+        """Where early sections came."""
+        return list(self.early.files) if self.early is not None else []
 
     def read_device_state(self, pieces: Pieces | None = None) -> Iterator[bytes]:
         """The recorded device state, piece by piece.  Raises CallerError, HostError."""
-        if self._opened is None or self.device_state is None:
+        return self._read(self.device_state.name if self.device_state is not None else None, pieces)
+
+    def read_early(self, place: Place, pieces: Pieces | None = None) -> Iterator[bytes]:
+        """The early sections that came there, piece by piece.  Raises CallerError, HostError."""
+        return self._read(self.early.files.get(place) if self.early is not None else None, pieces)
+
+    def _read(self, name: str | None, pieces: Pieces | None) -> Iterator[bytes]:
+        if self._opened is None or name is None:
             return
         with (
-            os_errors(self.device_state, CallerError),
-            os.fdopen(self._opened[0].open(self.device_state.name), "rb") as file,
+            os_errors(self.path / name, CallerError),
+            os.fdopen(self._opened[0].open(name), "rb") as file,
         ):
             offset = 0
             while data := file.read(PIECE):
@@ -208,7 +234,8 @@ def _opened(path: Path, directory: Directory) -> Snapshot:
         length = directory.look(name).st_size
         if length != block.used_length:
             raise CallerError(f"{path / name} has {length} bytes, {INDEX} says {block.used_length}")
-    directory.look(index.device_state)
+    for name in index.others:
+        directory.look(name)
     return Snapshot(
         path,
         tuple(

@@ -13,7 +13,7 @@ import uuid as uuids
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from multifd.crew import Crew
 from multifd.errors import CallerError, PeerError, os_errors
@@ -22,8 +22,19 @@ from multifd.memory.arrivals import Arrivals
 from multifd.memory.zeropages import ZEROS
 from multifd.snapshot.digests import LIST, described, make_digests
 from multifd.snapshot.directory import Access, Directory
-from multifd.snapshot.format import CONFIGURATION, DEVICE_STATE, FORMAT, INDEX, read_index, store_index
+from multifd.snapshot.format import (
+    CONFIGURATION,
+    DEVICE_STATE,
+    EARLY,
+    EARLY_STATE,
+    FORMAT,
+    INDEX,
+    WITH_NEEDS,
+    read_index,
+    store_index,
+)
 from multifd.wire.block import Block
+from multifd.wire.events import Place
 
 
 class BlockFile:
@@ -133,6 +144,7 @@ class SnapshotWriter:
         check_free(self.path)
         #: Where all of it is: the draft, then under its own name; None where it is to stay.
         self._draft: Path | None = None
+        self._early: dict[Place, BinaryIO] = {}
         with os_errors(self.path.parent):
             self._draft = _make_draft(self.path)
             directory = None
@@ -163,7 +175,23 @@ class SnapshotWriter:
             self._device_state.write(data)
         self.device_state_bytes += len(data)
 
-    def complete(self, configuration: bytes, *, uuid: bytes, machine: str, sync: str, transfer: dict[str, Any]) -> None:
+    def add_early(self, place: Place, data: bytes) -> None:
+        """Append what came of a section other than RAM's before RAM was complete."""
+        with os_errors(self._directory.path):
+            if place not in self._early:
+                self._early[place] = os.fdopen(self._directory.create(EARLY_STATE.format(place.value)), "wb")
+            self._early[place].write(data)
+
+    def complete(
+        self,
+        configuration: bytes,
+        *,
+        uuid: bytes,
+        machine: str,
+        sync: str,
+        transfer: dict[str, Any],
+        ram_section: int = 1,
+    ) -> None:
         """Bring all of it to the disk, then give the snapshot its name."""
         for block in self.blocks.values():
             block.sync()
@@ -182,11 +210,16 @@ class SnapshotWriter:
             "device_state": DEVICE_STATE,
             "transfer": transfer,
         }
+        if self._early:
+            files = {place.value: EARLY_STATE.format(place.value) for place in Place if place in self._early}
+            early = {"ram_section": ram_section} | files
+            index |= {"format": WITH_NEEDS, "needs": [EARLY], "early_sections": early}
         assert self._draft is not None, "it was completed"
         with os_errors(self._draft):
-            self._device_state.flush()
-            os.fsync(self._device_state.fileno())
-            self._device_state.close()
+            for file in (self._device_state, *self._early.values()):
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
             self._directory.write_whole(CONFIGURATION, configuration)
             store_index(self._directory, index)
             try:
@@ -235,8 +268,9 @@ class SnapshotWriter:
                 steps.callback(_remove, self._draft, self._directory)
 
     def _close(self) -> None:
-        with suppress(OSError):  # what it could not write it tries to write again
-            self._device_state.close()
+        for file in (self._device_state, *self._early.values()):
+            with suppress(OSError):  # what it could not write it tries to write again
+                file.close()
 
 
 def check_free(path: Path, access: Access | None = None) -> None:

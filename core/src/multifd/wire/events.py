@@ -64,8 +64,8 @@ class Place(Enum):
     """Where a section that is not RAM's came, and has to be sent again."""
 
     BEFORE_RAM = "before_ram"
-    BEFORE_PAGES = "before_pages"
-    BEFORE_END = "before_end"
+    #: Behind RAM's first section, before its last one.
+    IN_RAM = "in_ram"
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,7 +170,7 @@ class Parser:
                     if name == "ram" and kind == Section.START:
                         cursor.keep_no_more()
                         yield from ram.start(section, instance, version, self.page_size)
-                        place = Place.BEFORE_PAGES
+                        place = Place.IN_RAM
                     else:
                         self._begin(section, name)
                         yield from self._early(section, place)
@@ -178,7 +178,6 @@ class Parser:
                             del self._live[section]
                 elif section == ram.section:
                     cursor.keep_no_more()
-                    place = Place.BEFORE_END
                     yield from ram.read(self.page_size)
                     if kind == Section.END:
                         return

@@ -21,14 +21,19 @@ from multifd.wire.layout import (
     ZERO_WORD,
 )
 
+#: The number of RAM's sections where none is recorded; QEMU 10.0 has the same.
+RAM_SECTION = 1
+
 
 class Writer:
     """Makes the main channel of a source: each method returns bytes to be written in turn."""
 
-    RAM_SECTION = 1
+    def __init__(self, page_size: int, sync: str, ram_section: int = RAM_SECTION) -> None:
+        """`sync` is `round` or `section`: what the destination's machine type wants.
 
-    def __init__(self, page_size: int, sync: str) -> None:
-        """`sync` is `round` or `section`: what the destination's machine type wants."""
+        `ram_section` is the number of RAM's sections, which none of the recorded ones may have.
+        """
+        self._section = U32.pack(ram_section)
         self._page_size = page_size
         self._sync = sync
         self._block = ""
@@ -55,7 +60,7 @@ class Writer:
 
     def ram_start(self, blocks: Iterable[Block]) -> bytes:
         """The first RAM section, with its sync point."""
-        parts = [bytes([Section.START]), U32.pack(self.RAM_SECTION), b"\x03ram", SECTION_HEAD.pack(0, RAM_VERSION)]
+        parts = [bytes([Section.START]), self._section, b"\x03ram", SECTION_HEAD.pack(0, RAM_VERSION)]
         blocks = list(blocks)
         parts.append(WORD.pack(sum(block.used_length for block in blocks) | MEM_SIZE))
         for block in blocks:
@@ -65,7 +70,7 @@ class Writer:
 
     def ram_end(self) -> bytes:
         """Opens the last RAM section; ZERO words and `ram_close` follow."""
-        return bytes([Section.END]) + U32.pack(self.RAM_SECTION)
+        return bytes([Section.END]) + self._section
 
     def zero_pages(self, idstr: str, offsets: Sequence[int]) -> bytes:
         """ZERO words for pages of one block."""
@@ -81,7 +86,7 @@ class Writer:
     def ram_close(self) -> bytes:
         """The sync point and the end of a RAM section."""
         flush = WORD.pack(FLUSH) if self._sync == "round" else b""
-        return flush + WORD.pack(EOS) + bytes([Section.FOOTER]) + U32.pack(self.RAM_SECTION)
+        return flush + WORD.pack(EOS) + bytes([Section.FOOTER]) + self._section
 
     def end(self) -> bytes:
         """What follows RAM where there is no recorded device state: the end and a description."""

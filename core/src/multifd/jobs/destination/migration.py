@@ -32,14 +32,17 @@ from multifd.wire.events import (
     CommandReceived,
     Configuration,
     DeviceState,
+    EarlyState,
     Event,
     PageData,
+    Place,
     RamEnd,
     SyncPoint,
     ZeroPages,
 )
 from multifd.wire.flags import PACKET_SIZE, Command
 from multifd.wire.mainchannel import Parser
+from multifd.wire.numbers import Missing
 from multifd.wire.returnpath import pong, shut
 
 
@@ -73,6 +76,8 @@ class Migration:
         self._channels: RecvChannels | None = None
         self._snapshot: SnapshotWriter | None = None
         self._configuration = Configuration("", None, None, b"")
+        #: Of the sections before RAM's first one.
+        self._before = bytearray()
         self._return_path = False
         self._started = time.monotonic()
         self._on_main = Counts()
@@ -112,6 +117,10 @@ class Migration:
             hint = f"or the recording is cut: {error}"
         elif self._state is State.SWITCHED_OVER and self._description_required and not self._return_path:
             hint = "or it runs with suppress-vmdesc=on and sends no VM description: allow that with --no-description"
+        elif isinstance(error, Missing) and self._state is State.SET_UP and self.party is not None:
+            count = len(self.party.channels)
+            known = f"the sender uses more channels, this side expects {count}: start both with the same --channels"
+            error = Missing(f"{error}; or {known}")
         self._saw(seen(error))
         if self._main is not None and self._return_path and self._state not in SUCCESSES:
             with suppress(MultifdError):
@@ -211,6 +220,11 @@ class Migration:
             case DeviceState(data):
                 assert self._snapshot is not None
                 self._snapshot.add_device_state(data)
+            case EarlyState(place, data):
+                if self._snapshot is None:
+                    self._before += data
+                else:
+                    self._snapshot.add_early(place, data)
             case ZeroPages(idstr, offsets):
                 assert self._snapshot is not None
                 for offset, length in runs(offsets, size):
@@ -234,6 +248,8 @@ class Migration:
             case BlockList(blocks):
                 self._snapshot = SnapshotWriter(self._path, size, self._access)
                 self._snapshot.create_blocks(blocks)
+                if self._before:
+                    self._snapshot.add_early(Place.BEFORE_RAM, bytes(self._before))
                 self._total_pages = sum(block.used_length for block in blocks) // size
                 by_name = {block.idstr: block for block in blocks}
                 memory = Memory(size, by_name, self._snapshot.blocks)
@@ -303,6 +319,7 @@ class Migration:
                 machine=self._configuration.machine,
                 sync=self._parser.sync,
                 transfer=transfer,
+                ram_section=self._parser.ram_section or 1,
             )
         self._saw(Saw.ON_DISK)
         said = result()

@@ -261,7 +261,7 @@ class Migration:
             for connection in self._onward:
                 # Nothing more comes; the destination closes in its turn, when it is done.  But QEMU 10.0 takes the end
                 # of a multifd channel without TLS's goodbye for a failure, and may leave a goodbye unread.
-                if connection is destination or type(connection) is SocketConnection:
+                if connection is destination or (type(connection) is SocketConnection and not self._main.opaque):
                     connection.finish()
 
     def _note(self, event: Event) -> None:
@@ -315,6 +315,8 @@ class Migration:
             channel.run(self._main_complete, self._changed, partial(self._channels.judge_rounds, size))
             with self._changed:
                 self._channels.sync_point(self._main.sync_points)
+            if self._main.opaque and type(there) is SocketConnection:
+                there.finish()  # else when the main channel is complete, and all of them accounted for
         except Lost as lost:
             raise Lost(f"channel {init.id}: {GONE}") from lost
         except MultifdError as error:

@@ -23,9 +23,10 @@ from multifd.observe.observers import Observers
 from multifd.observe.watch import Watch
 from multifd.snapshot.digests import PIECE
 from multifd.snapshot.reader import BlockReader, Snapshot
+from multifd.wire.events import Place
 from multifd.wire.packet import InitPacket
 from multifd.wire.returnpath import RETURN_MESSAGE, ReturnPathParser
-from multifd.wire.writer import Writer
+from multifd.wire.writer import RAM_SECTION, Writer
 
 
 class Migration:
@@ -35,6 +36,7 @@ class Migration:
         self,
         source: Snapshot,
         blocks: Sequence[BlockReader],
+        early: Callable[[Place], Iterator[bytes]],
         device_state: Callable[[], Iterator[bytes]],
         link: Callable[[], SocketConnection],
         choice: Choice,
@@ -48,6 +50,7 @@ class Migration:
     ) -> None:
         self._source = source
         self._blocks = blocks
+        self._early = early
         self._device_state = device_state
         self._link = link
         self._choice = choice
@@ -70,7 +73,8 @@ class Migration:
         connection = self._connect()
         warn_exposed(connection)
         main = self._main = self._observers.watch_main(connection, read=BACK, written=OUT)
-        writer = Writer(source.page_size, self._sync)
+        ram_section = source.early.ram_section if source.early is not None else RAM_SECTION
+        writer = Writer(source.page_size, self._sync, ram_section)
         # Main first, and its first bytes at once: a destination before 8.0 goes by order alone,
         # and one that peeks is blocked until they come.
         main.write([writer.head(source.configuration), writer.open_return_path()])
@@ -101,9 +105,11 @@ class Migration:
         def write_zeros(idstr: str, offsets: Sequence[int]) -> None:
             main.write([writer.zero_pages(idstr, offsets)])
 
+        self._send_early(main, Place.BEFORE_RAM)
         main.write([writer.ram_start(block.block for block in self._blocks)])
         engine.epoch((), write_zeros)
         self._saw(Saw.SYNC)
+        self._send_early(main, Place.IN_RAM)
         main.write([writer.ram_end()])
         engine.epoch(_batches(self._blocks, read_holes=self._zero_pages == "none"), write_zeros)
         main.write([writer.ram_close()])
@@ -113,6 +119,10 @@ class Migration:
             for data in self._device_state():
                 main.write([data])
         self._saw(Saw.WRITTEN)
+
+    def _send_early(self, main: Connection, place: Place) -> None:
+        for data in self._early(place):
+            main.write([data])
 
     def _saw(self, saw: Saw) -> None:
         self._state = after(self._state, saw)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -28,6 +28,7 @@ from multifd.observe.observers import Observers
 from multifd.snapshot.digests import Pieces
 from multifd.snapshot.format import SYNC_MODES
 from multifd.snapshot.reader import Snapshot, open_snapshot
+from multifd.wire.events import Place
 from multifd.wire.flags import PACKET_SIZE
 
 
@@ -96,7 +97,7 @@ def send(
     verified = source.digests.manifest if pieces and source.digests else None
     if not verified:
         log.debug(f"{source.path} is sent unchecked: {'it has no digests' if verify else 'as asked'}")
-        pieces = [None] * (len(source.blocks) + 2)
+        pieces = [None] * (len(source.blocks) + 2 + len(source.places))
     observers = Observers(observe)
     crew = crew or Crew()
     silence = Silence(timeout)
@@ -114,8 +115,16 @@ def send(
         if driver is not None:
             driver.listen(str(target))
         link = partial(connect, target, silence, wrap=wrap)
-        state = partial(source.read_device_state, pieces[-1])
-        job = Migration(source, blocks, state, link, choice, channels, zero_pages, sync, uuid, silence, crew, observers)
+        _, state_pieces, *early_pieces = pieces[len(source.blocks) :]
+        by_place = dict(zip(source.places, early_pieces, strict=True))
+        state = partial(source.read_device_state, state_pieces)
+
+        def early(place: Place) -> Iterator[bytes]:
+            return source.read_early(place, by_place.get(place))
+
+        job = Migration(
+            source, blocks, early, state, link, choice, channels, zero_pages, sync, uuid, silence, crew, observers
+        )
         cleanup.callback(job.close)
         cleanup.callback(crew.join)
         if on_progress is not None:
