@@ -277,7 +277,7 @@ class Migration:
             case RamEnd():
                 self._saw(Saw.RAM_END)
             case Opaque(why=why, postcopy=postcopy):
-                log.warning(f"main channel: {why}: what follows passes unread, and rounds are not checked")
+                log.warning(f"main channel: {why}; what follows passes unread, and rounds are not checked")
                 if postcopy:  # to end it would be the guest's end
                     self._silence.timeout = FOREVER
                 self._saw(Saw.OPAQUE)
