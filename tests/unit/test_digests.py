@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ from multifd.jobs.report import Result
 from multifd.snapshot import digests, directory
 from multifd.snapshot.writer import SnapshotWriter
 from multifd.wire.block import Block
+from multifd.wire.events import Place
 from told import warns
 
 PAGE = 4096
@@ -33,7 +34,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 STATE = streams.DEVICE_STATE + streams.description()
 
 
-def make(path: Path, *, zeros: bool = False, plain: bool = False) -> str:
+def make(path: Path, *, zeros: bool = False, plain: bool = False, early: Sequence[Place] = ()) -> str:
     """A snapshot of 5 MiB, of which 2 are zero, and another block; `zeros` are written, not holes.
 
     The manifest digest.
@@ -49,6 +50,8 @@ def make(path: Path, *, zeros: bool = False, plain: bool = False) -> str:
             ram.store(offset, memoryview(bytes(PAGE)))
     writer.blocks["vga"].store(PAGE, memoryview(bytes([9]) * PAGE))
     writer.add_device_state(STATE)
+    for place in early:
+        writer.add_early(place, place.value.encode())
     writer.complete(b"\7\0\0\0\0", uuid=bytes(range(16)), machine="", sync="round", transfer={})
     return writer.add_digests(plain=plain)
 
@@ -58,9 +61,10 @@ def index(path: Path) -> dict[str, object]:
     return found
 
 
-def test_anybody_can_make_it_again(work: Path) -> None:
+@pytest.mark.parametrize("early", [(), (Place.IN_RAM,), (Place.BEFORE_RAM, Place.IN_RAM)], ids=len)
+def test_anybody_can_make_it_again(work: Path, early: Sequence[Place]) -> None:
     """With the lines of docs/snapshots.md, which know nothing of this project."""
-    manifest = make(work / "snap")
+    manifest = make(work / "snap", early=early)
     (script,) = re.findall(r"```python\n(.*?)```", (DOCS / "snapshots.md").read_text(), re.DOTALL)
     command = [sys.executable, "-c", script, str(work / "snap")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)

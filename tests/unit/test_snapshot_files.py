@@ -26,6 +26,7 @@ from multifd.jobs.bench.measure import bench
 from multifd.snapshot import writer
 from multifd.snapshot.writer import SnapshotWriter
 from multifd.wire.block import Block
+from multifd.wire.events import Place
 
 PAGE = 4096
 #: Who reads a snapshot.
@@ -38,11 +39,12 @@ READERS: list[Callable[[Path], object]] = [
 
 
 def make(path: Path) -> None:
-    """A snapshot of two blocks, with digests."""
+    """A snapshot of two blocks and early sections, with digests."""
     writer = SnapshotWriter(path, PAGE)
     writer.create_blocks([Block("pc.ram", 8 * PAGE), Block("vga", 4 * PAGE)])
     writer.blocks["pc.ram"].store(PAGE, memoryview(bytes([7]) * PAGE))
     writer.add_device_state(b"the devices")
+    writer.add_early(Place.IN_RAM, b"the page table")
     writer.complete(b"\7\0\0\0\0", uuid=bytes(16), machine="pc", sync="round", transfer={"packets": 3, "channels": 2})
     writer.add_digests()
 
@@ -78,7 +80,9 @@ def turn_into(kind: str, path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "link", "dangling link", "directory", "socket", "device"])
-@pytest.mark.parametrize("name", ["snapshot.json", "0-pc.ram.raw", "configuration.bin", "device_state.bin"])
+@pytest.mark.parametrize(
+    "name", ["snapshot.json", "0-pc.ram.raw", "configuration.bin", "device_state.bin", "early_in_ram.bin"]
+)
 def test_what_is_no_regular_file_is_refused(work: Path, kind: str, name: str) -> None:
     make(work / "snap")
     turn_into(kind, work / "snap" / name)
@@ -172,7 +176,7 @@ def test_each_key_of_the_index(work: Path, what: str, capsys: pytest.CaptureFixt
         put(index, place, WRONG[what])
         (work / "snap" / "snapshot.json").write_text(json.dumps(index))
         if place == ("format",) or what == "nested" or (what == "object" and place not in MAY_BE_OBJECTS):
-            refused(work / "snap", r"snapshot\.json (is damaged|has format)")
+            refused(work / "snap", r"snapshot\.json (is damaged|has format|needs)")
             continue
         readers: list[Callable[[Path], object]] = [
             multifd.open_snapshot,
