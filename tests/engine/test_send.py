@@ -114,7 +114,10 @@ def fails(
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
-        (bytes.fromhex("0001000400000001"), r"reports that it failed \(code 1\).*compressor none, 2 channels"),
+        (
+            bytes.fromhex("0001000400000001"),
+            r"reports that it failed \(code 1\).*compressor none, 2 channels, .*RAM blocks pc.ram [0-9]+ KiB;",
+        ),
         (bytes.fromhex("000200040000000100010004000000ff"), r"failed \(code 255\)"),
         (bytes.fromhex("00010000"), "SHUT with 0 bytes"),
     ],

@@ -12,7 +12,7 @@ from multifd.memory import runs
 from multifd.memory.arrivals import Arrivals
 from multifd.memory.buffer import packet_buffer
 from multifd.memory.zeropages import part, zero_indexes
-from multifd.wire.block import Block, check_blocks, check_packet
+from multifd.wire.block import Block, check_blocks, check_packet, listed
 from multifd.wire.flags import PACKET_SIZE
 from multifd.wire.packet import RamPacket
 
@@ -117,3 +117,16 @@ def test_arrivals_stay_right_over_more_epochs_than_a_byte_counts() -> None:
         assert pages.mark(1, 1)[1] == set(), epoch
     assert pages.mark(0, 1) == (True, set())
     assert pages.missing() == (1, 2)
+
+
+def test_blocks_in_a_message() -> None:
+    """Exactly, the largest first, and no more than a line of them."""
+    assert listed([Block("rom", PAGE), Block("pc.ram", 3 << 30), Block("odd", (24 << 20) + PAGE)]) == (
+        "pc.ram 3 GiB, odd 24580 KiB, rom 4 KiB"
+    )
+    many = listed([Block(f"\x1b{number}" + "x" * 250, 512 * (number + 1)) for number in range(20)])
+    assert many.startswith("\\x1b19xxx")
+    assert "x 10 KiB, " in many
+    assert "x 9728 bytes, " in many
+    assert many.endswith(", and 12 more")
+    assert len(many) < 800

@@ -13,6 +13,7 @@ from multifd.jobs.destination import verdict as destination
 from multifd.jobs.relay import verdict as relay
 from multifd.jobs.source import verdict as source
 from multifd.net.connection import Ended, Lost, Stalled
+from multifd.wire.block import Block
 
 LENGTH = 6
 #: What has to be seen for a success, in this order, and nothing that ends it before; and which success it is.
@@ -134,3 +135,25 @@ def test_an_early_end_reads_the_same_wherever_it_is(told: Callable[..., MultifdE
     state = destination.State.ENDED_EARLY if told is destination.told else relay.State.ENDED_EARLY
     said = {str(told(state, Ended(f"channel {number}: it ended"))) for number in range(3)}
     assert said == {"the source ended early: cancelled, or gone"}
+
+
+@pytest.mark.parametrize("error", [Lost("it closed"), PeerError("it failed (code 1)")])
+def test_a_destination_that_refuses_is_told_what_it_was_shown(error: MultifdError) -> None:
+    shown = relay.fitting("pc-q35-9.2", bytes(16), [2], 4, [Block("pc.ram", 24 << 20)])
+    said = str(relay.told(relay.State.REFUSED, error, shown))
+    assert said == (
+        f"{error}: its own message says why; it has to have machine pc-q35-9.2, VM uuid "
+        "00000000-0000-0000-0000-000000000000, method zstd, multifd with 4 channels, RAM blocks pc.ram 24 MiB (multifd "
+        "doctor compares)"
+    )
+
+
+def test_a_destinations_reason_is_told_where_only_it_knows() -> None:
+    error = Lost("it closed")
+    for state in source.State:
+        said = str(source.told(state, error, "channels", "QEMU says: no"))
+        expected = "it closed: QEMU says: no.  Here: channels; all of it must fit over there"
+        assert said == (expected if state.name in ("REFUSED", "LOST") else "it closed")
+    assert "it closed: the destination's own message says why.  Here" in str(
+        source.told(source.State.LOST, error, "channels")
+    )

@@ -11,8 +11,8 @@ from uuid import UUID
 from multifd.crew import Crew
 from multifd.errors import MultifdError, PeerError
 from multifd.log import log
-from multifd.net.connection import Ended, Stalled
-from multifd.qemu.monitor import BRIEF, Monitor, of
+from multifd.net.connection import Ended, Lost, Stalled
+from multifd.qemu.monitor import BRIEF, REASON, Monitor, of, shown
 from multifd.qemu.settings import OFF, Settings, read_capabilities
 from multifd.qemu.states import (
     AGAIN,
@@ -29,9 +29,11 @@ from multifd.qemu.states import (
 LOOK = 1.0
 #: Seconds that a QEMU which answers may take to end a cancelled migration and to have its settings put back.
 PATIENCE = 7.0
+#: A destination in one of these is of no use any more.
+FAILED = ("failed", "failing")
 THEN = ("stop", "resume", "quit")
 #: A cancel comes to its end once the connections are closed, which the other side may have to do.
-GIVEN_UP = ("failed", "cancelled", "cancelling")
+GIVEN_UP = ("failed", "failing", "cancelled", "cancelling")
 
 
 class _Side:
@@ -132,13 +134,23 @@ class _Side:
             self._named.add(text)
             log.warning(text)
 
+    def reason(self) -> str:
+        """What QEMU has to say about a migration that has not ended well; empty where it says nothing."""
+        try:
+            found = self._ended(LOOK)
+        except (Ended, Lost):
+            return "its QEMU has ended: the last lines of its standard error, or its log, say why"
+        except MultifdError:
+            return ""
+        return self._told(found) if found.error or found.waits else ""
+
+    def _told(self, found: Migration) -> str:
+        return found.told
+
     def explain(self, error: MultifdError) -> MultifdError:
         """An error of ours, with what QEMU has to say about it."""
-        with suppress(MultifdError):
-            found = self._ended(LOOK)
-            if found.error or found.waits:
-                return type(error)(f"{error}; {found.told}")
-        return error
+        reason = self.reason()
+        return type(error)(f"{error}; {reason}") if reason else error
 
 
 class Source(_Side):
@@ -213,8 +225,19 @@ class Destination(_Side):
         return Obstacle("listens already", AGAIN) if migration.listening or migration.status == "setup" else None
 
     def listen(self, uri: str) -> None:
-        """Wait for a migration at `uri`.  Raises PeerError."""
-        self.monitor.command("migrate-incoming", uri=uri)
+        """Wait for a migration at `uri`; where that fails, QEMU stays to say why.  Raises PeerError."""
+        try:
+            self.monitor.command("migrate-incoming", uri=uri, exit_on_error=False)
+        except PeerError as refusal:
+            if "exit-on-error" not in str(refusal):
+                raise
+            self.monitor.command("migrate-incoming", uri=uri)  # before 9.1 it exits, and its log alone says why
+
+    def _told(self, found: Migration) -> str:
+        """One that has failed takes no other migration; 10.0 writes most of the reason to its log."""
+        if found.status not in FAILED:
+            return found.told
+        return f"QEMU says: {shown(found.error, REASON)} (its log may say more); {AGAIN}"
 
     @property
     def uuid(self) -> bytes:

@@ -32,6 +32,8 @@ LONGEST_LINE = 16 << 20
 BRIEF = 0.3
 #: Characters of what a monitor says that a message shows.
 SHOWN = 200
+#: And of its reason for a refusal or a failure: a path is in it, and each device on the way there (11.1).
+REASON = 600
 
 
 class Monitor:
@@ -114,7 +116,7 @@ class Monitor:
             return answer["return"]
         refusal = answer.get("error")
         words = refusal.get("desc") if isinstance(refusal, dict) else None
-        raise PeerError(f"{self.name}: {name}: QEMU says: {shown(words if isinstance(words, str) else answer)}")
+        raise PeerError(f"{self.name}: {name}: QEMU says: {shown(words if isinstance(words, str) else answer, REASON)}")
 
     def ask(self, name: str, read: Callable[[Any], T], within: float | None = None, /, **arguments: object) -> T:
         """Run a command; what `read` makes of its answer.
@@ -229,9 +231,9 @@ def of(kind: type[T], value: Any) -> T:
     return value
 
 
-def shown(said: object) -> str:
-    """What a monitor says, in a message: on one line, escaped, shortened."""
+def shown(said: object, most: int = SHOWN) -> str:
+    """What a monitor says, in a message: on one line, escaped, `most` characters of it."""
     if isinstance(said, bytes | bytearray):
-        said = said[: SHOWN + 1].decode(errors="backslashreplace")
+        said = said[: most + 1].decode(errors="backslashreplace")
     text = said if isinstance(said, str) else json.dumps(said)
-    return escaped(text[:SHOWN]) + ("..." if len(text) > SHOWN else "")
+    return escaped(text[:most]) + ("..." if len(text) > most else "")

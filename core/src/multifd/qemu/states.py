@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from multifd.qemu.monitor import of, shown
+from multifd.qemu.monitor import REASON, of, shown
 
 ENDED = ("completed", "failed", "cancelled")
 #: Nothing of a migration is under way.
@@ -60,7 +60,7 @@ class Migration:
         return self._explained(shown(self.status))
 
     def _explained(self, text: str) -> str:
-        return f"{text}; QEMU says: {shown(self.error)}" if self.error else text
+        return f"{text}; QEMU says: {shown(self.error, REASON)}" if self.error else text
 
     @property
     def waits(self) -> str:

@@ -8,10 +8,14 @@ from functools import reduce
 from operator import or_
 
 from multifd.errors import PeerError
+from multifd.log import escaped
 from multifd.wire.packet import RamPacket
 
 #: Bytes of the longest file that the system's calls can name.
 MAX_LENGTH = (1 << 63) - 1
+#: RAM blocks that a message names, and characters of a name: a stream may have 4096 of 255 each.
+LISTED = 8
+NAME = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +24,24 @@ class Block:
 
     idstr: str
     used_length: int
+
+
+def listed(blocks: Sequence[Block]) -> str:
+    """RAM blocks and their exact lengths, the largest first, in a message: `pc.ram 24 MiB, pc.bios 256 KiB`."""
+    largest = sorted(blocks, key=lambda block: -block.used_length)
+    shown = [f"{escaped(block.idstr[:NAME])} {_exact(block.used_length)}" for block in largest[:LISTED]]
+    left = len(blocks) - len(shown)
+    return ", ".join(shown) + (f", and {left} more" if left else "")
+
+
+def _exact(length: int) -> str:
+    """Bytes in the largest unit that leaves no fraction: a page too many is seen."""
+    units = iter(("bytes", "KiB", "MiB", "GiB"))
+    unit = next(units)
+    while length % 1024 == 0 and (larger := next(units, None)):
+        length //= 1024
+        unit = larger
+    return f"{length} {unit}"
 
 
 def check_blocks(blocks: Sequence[Block], page_size: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from multifd.errors import MultifdError, PeerError
 from multifd.jobs.relay.plan import Plan
@@ -11,6 +11,7 @@ from multifd.net.connection import MAIN_READ, Connection, Ended
 from multifd.net.security import warn_exposed
 from multifd.net.socket import SocketConnection
 from multifd.observe.hooks import BACK, IN, OUT
+from multifd.wire.block import Block
 from multifd.wire.events import BlockList, CommandReceived, Configuration, Event, Opaque, SyncPoint, ZeroPages
 from multifd.wire.flags import Command
 from multifd.wire.layout import COMMAND_HEAD
@@ -26,8 +27,8 @@ class MainChannel:
 
     One thread passes on, another passes back.
     `return_path` says that the destination is to answer; `sync_points` are those that the source has sent, `zero_pages`
-    the pages that it named here; `memory_bytes` are the RAM blocks' lengths; `ended` says that it has ended its stream
-    without VM description, where it may; `opaque` is why what passes is read no more, empty while it is.
+    the pages that it named here; `blocks` are its RAM blocks, once they are known; `ended` says that it has ended its
+    stream without VM description, where it may; `opaque` is why what passes is read no more, empty while it is.
     """
 
     def __init__(self, changed: threading.Condition, plan: Plan) -> None:
@@ -35,7 +36,7 @@ class MainChannel:
         self.return_path = False
         self.begun = False
         self.sync_points = 0
-        self.memory_bytes = 0
+        self.blocks: Sequence[Block] = ()
         self.zero_pages = 0
         self.ended = False
         self.opaque = ""
@@ -47,6 +48,11 @@ class MainChannel:
         # What has not passed yet, and from where in the stream on.
         self._held = bytearray()
         self._held_from = 0
+
+    @property
+    def memory_bytes(self) -> int:
+        """All RAM blocks' lengths together."""
+        return sum(block.used_length for block in self.blocks)
 
     @property
     def page_size(self) -> int:
@@ -164,7 +170,7 @@ class MainChannel:
                 case ZeroPages(offsets=offsets):
                     self.zero_pages += len(offsets)
                 case BlockList(blocks=blocks):
-                    self.memory_bytes = sum(block.used_length for block in blocks)
+                    self.blocks = blocks
                     # A source sends no page before; now the page size is known.
                     self.begun = True
                     self._changed.notify_all()

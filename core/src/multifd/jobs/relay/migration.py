@@ -368,7 +368,7 @@ class Migration:
         if isinstance(self._error, MultifdError):
             uuid = self._plan.uuid or self._channels.uuid
             methods = self._channels.methods if self._plan.to is None else self._plan.to.flags
-            shown = fitting(self._main.machine, uuid, methods, len(self._channels.ids))
+            shown = fitting(self._main.machine, uuid, methods, len(self._channels.ids), self._main.blocks)
             return told(self._state, self._error, shown, passed_on=self._main.ended)
         return self._error
 

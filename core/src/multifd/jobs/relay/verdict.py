@@ -6,13 +6,14 @@ make echoes at both ends, which come later.  `after` says where it leads; an end
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from uuid import UUID
 
 from multifd.errors import MultifdError, PeerError, counted
 from multifd.jobs.verdict import ENDED_EARLY, following
 from multifd.net.connection import Ended, Lost, Stalled
+from multifd.wire.block import Block, listed
 from multifd.wire.flags import method_name
 
 
@@ -104,13 +105,15 @@ def told(state: State, error: MultifdError, shown: str = "", *, passed_on: bool 
     if state is State.ENDED_EARLY:
         hint = "; or it runs with suppress-vmdesc=on: with return-path off only the destination can tell"
         return PeerError(ENDED_EARLY + (hint if passed_on else ""))
-    if state is State.REFUSED and isinstance(error, Lost):
+    if state is State.REFUSED:
         fit = f"; it has to have {shown} (multifd doctor compares)" if shown else ""
         return PeerError(f"{error}: its own message says why{fit}")
     return error
 
 
-def fitting(machine: str, uuid: bytes | None, methods: Iterable[int], channels: int) -> str:
+def fitting(
+    machine: str, uuid: bytes | None, methods: Iterable[int], channels: int, blocks: Sequence[Block] = ()
+) -> str:
     """What a destination has to be for what it was shown, as far as that is known; `methods` by their numbers."""
     shown = [f"machine {machine}"] if machine else []
     if uuid is not None:
@@ -119,4 +122,6 @@ def fitting(machine: str, uuid: bytes | None, methods: Iterable[int], channels: 
         shown.append(f"method {'+'.join(names)}")
     if channels:
         shown.append(f"multifd with {counted(channels, 'channel')}")
+    if blocks:
+        shown.append(f"RAM blocks {listed(blocks)}")
     return ", ".join(shown)

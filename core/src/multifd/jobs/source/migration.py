@@ -12,7 +12,7 @@ from multifd.effort.choice import Choice
 from multifd.engine.sender import Batch, SendChannels
 from multifd.errors import HostError, MultifdError, PeerError, counted
 from multifd.jobs.report import Progress, Result
-from multifd.jobs.source.verdict import SUCCESSES, Saw, State, after, answered, seen, told
+from multifd.jobs.source.verdict import AT_THE_DESTINATION, SUCCESSES, Saw, State, after, answered, seen, told
 from multifd.jobs.verdict import LAST_WORD
 from multifd.net.connection import Connection, Ended, Lost
 from multifd.net.deadline import Silence
@@ -23,6 +23,7 @@ from multifd.observe.observers import Observers
 from multifd.observe.watch import Watch
 from multifd.snapshot.digests import PIECE
 from multifd.snapshot.reader import BlockReader, Snapshot
+from multifd.wire.block import listed
 from multifd.wire.events import Place
 from multifd.wire.packet import InitPacket
 from multifd.wire.returnpath import RETURN_MESSAGE, ReturnPathParser
@@ -137,8 +138,11 @@ class Migration:
                 else "the destination says that it has everything, before it was sent"
             )
 
-    def ended(self, error: BaseException) -> BaseException:
-        """It ended with that: how a user is told.  A connection lost has its cause in what the main channel says."""
+    def ended(self, error: BaseException, reason: Callable[[], str]) -> BaseException:
+        """It ended with that: how a user is told.  A connection lost has its cause in what the main channel says.
+
+        `reason` asks the destination for its own, where it is the one to know.
+        """
         if isinstance(error, Lost) and self._connections:
             with suppress(MultifdError):  # it may have said nothing, or nonsense
                 code = _answer(partial(self._connections[0].read_by, time.monotonic() + LAST_WORD))
@@ -149,9 +153,12 @@ class Migration:
         self._saw(seen(error))
         if not isinstance(error, MultifdError):
             return error
-        page_size = self._source.page_size
-        here = f"compressor {self._choice.name}, {counted(self._count, 'channel')}, page size {page_size}"
-        return told(self._state, error, here)
+        machine = f"machine {self._source.machine}, " if self._source.machine else ""
+        here = (
+            f"{machine}compressor {self._choice.name}, {counted(self._count, 'channel')}, page size {self._source.page_size}, "
+            f"RAM blocks {listed([block.block for block in self._blocks])}"
+        )
+        return told(self._state, error, here, reason() if self._state in AT_THE_DESTINATION else "")
 
     def close(self) -> None:
         """When no thread is left."""

@@ -13,7 +13,7 @@ from multifd.codec.settings import ADAPTIVE
 from multifd.crew import Crew
 from multifd.effort.choice import Choice
 from multifd.engine.sender import ZERO_PAGES
-from multifd.errors import Cancelled, MultifdError, UsageError
+from multifd.errors import UsageError
 from multifd.jobs.report import DEFAULT_CHANNELS, EVERY, OnProgress, Result, check_channels
 from multifd.jobs.source.migration import Migration
 from multifd.log import log
@@ -134,9 +134,7 @@ def send(
             if driver is not None:
                 driver.wait()
         except BaseException as error:
-            ended = job.ended(crew.fail(error))
-            if driver is not None and isinstance(ended, MultifdError) and not isinstance(ended, Cancelled):
-                ended = driver.explain(ended)
+            ended = job.ended(crew.fail(error), driver.reason if driver is not None else str)
             if ended is error:
                 raise
             raise ended from error

@@ -55,6 +55,8 @@ ENDS = {
 }
 SUCCESSES = {State.CONFIRMED}
 FINAL = SUCCESSES | set(ENDS.values())
+#: Where only the destination knows why.
+AT_THE_DESTINATION = {State.REFUSED, State.LOST}
 
 
 def after(state: State, saw: Saw) -> State:
@@ -74,8 +76,12 @@ def answered(code: int) -> Saw:
     return Saw.SAID_FAILED if code else Saw.SAID_DONE
 
 
-def told(state: State, error: MultifdError, here: str) -> MultifdError:
-    """The error as a user hears it, of a migration that ended with it; `here` is what has to fit at the destination."""
-    if state not in (State.REFUSED, State.LOST):
+def told(state: State, error: MultifdError, here: str, reason: str = "") -> MultifdError:
+    """The error as a user hears it, of a migration that ended with it; `here` is what has to fit at the destination.
+
+    QEMU does not say on the wire why it refuses: `reason` is what its monitor says.
+    """
+    if state not in AT_THE_DESTINATION:
         return error
-    return PeerError(f"{error}: the destination's own message says why.  Here: {here}; all three must fit over there")
+    reason = reason or "the destination's own message says why"
+    return PeerError(f"{error}: {reason}.  Here: {here}; all of it must fit over there")

@@ -1,0 +1,92 @@
+"""What a user is told when a real QEMU does not take a snapshot, or does not give its guest away."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import multifd
+import peers
+from commands import fails
+from multifd.errors import PeerError
+from qemus import Start, content
+
+RELEASES = ("7.2", "10.0", "11.1")
+#: A machine type that all of them have, and an older one.
+MACHINE, OTHER = "pc-q35-7.2", "pc-q35-7.1"
+RNG = ("-device", "virtio-rng-pci,bus=pcie.0,addr=05")
+BLOCKS = "RAM blocks pc.ram 24 MiB, pc.bios 256 KiB, "
+
+
+def captured(start: Start, work: Path, release: str) -> None:
+    """A snapshot of a guest with a device that not every destination has."""
+    source = start(release, "source", machine=MACHINE, more=RNG)
+    source.fill(content())
+    source.monitor.close()
+    multifd.receive(f"unix:{work}/here", work / "snap", qmp=str(work / "source.qmp"), timeout=peers.TIMEOUT)
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize(
+    ("differs", "reason"),
+    [
+        ("memory", "error while loading state for instance 0x0 of device 'ram'"),
+        ("firmware", "error while loading state for instance 0x0 of device 'ram'"),
+        ("device", "Unknown section or instance '0000:00:05.0/virtio-rng'"),
+        ("machine", f"Machine type received is '{MACHINE}' and local is '{OTHER}'"),
+    ],
+)
+def test_a_destination_that_refuses_says_why(start: Start, work: Path, release: str, differs: str, reason: str) -> None:
+    """And what it was shown is beside that.  10.0 tells its log alone, and 7.2 has gone."""
+    captured(start, work, release)
+    (work / "small.rom").write_bytes(bytes(128 << 10))
+    target = start(
+        release,
+        "target",
+        incoming=True,
+        machine=OTHER if differs == "machine" else MACHINE,
+        mib=32 if differs == "memory" else 24,
+        more=(
+            (*RNG, "-bios", str(work / "small.rom")) if differs == "firmware" else () if differs == "device" else RNG
+        ),
+    )
+    target.monitor.close()
+    with pytest.raises(PeerError) as caught:
+        multifd.send(work / "snap", f"unix:{work}/there", qmp=str(work / "target.qmp"), timeout=peers.TIMEOUT)
+    told = str(caught.value)
+    assert f"Here: machine {MACHINE}, compressor none, 2 channels, page size 4096, {BLOCKS}" in told
+    if release == "7.2":
+        assert "its QEMU has ended: the last lines of its standard error, or its log, say why" in told
+        assert target.process.wait(peers.TIMEOUT) == 1
+        return
+    assert "QEMU says: load of migration failed: Invalid argument" in told
+    assert "(its log may say more); start it again, with -incoming defer." in told
+    assert release == "10.0" or reason in told
+    assert target.process.poll() is None
+    # It takes no other, and the next one is told so.
+    command = ("send", work / "snap", f"unix:{work}/there", "--qmp", work / "target.qmp")
+    fails(1, "has had its migration, which is failed; QEMU says: .*: start it again, with -incoming defer", *command)
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_a_guest_that_cannot_be_migrated(start: Start, work: Path, release: str) -> None:
+    shared = ("-object", "memory-backend-ram,id=shared,size=1M,share=on", "-device", "ivshmem-plain,memdev=shared")
+    source = start(release, "source", more=shared)
+    source.monitor.close()
+    with pytest.raises(PeerError, match="migrate: QEMU says: Migration is disabled when using feature 'peer mode' in"):
+        multifd.receive(f"unix:{work}/here", work / "snap", qmp=str(work / "source.qmp"), timeout=peers.TIMEOUT)
+
+
+@pytest.mark.may_warn("waits in pre-switchover")  # a slow machine
+@pytest.mark.parametrize("release", RELEASES)
+def test_a_source_that_is_killed(start: Start, work: Path, release: str) -> None:
+    source = start(release, "source", more=("-qmp", f"unix:{work}/second.qmp,server=on,wait=off"))
+    source.fill(content())
+    source.prepare(pause_before_switchover=True)
+    there = peers.Receiving(work / "snap", f"unix:{work}/here", qmp=str(work / "second.qmp"))
+    source.wait("pre-switchover")
+    source.process.kill()
+    says = "the source ended early: cancelled, or gone; its QEMU has ended: the last lines of its standard error"
+    with pytest.raises(PeerError, match=says):
+        there.join()
