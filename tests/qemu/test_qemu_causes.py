@@ -9,8 +9,8 @@ import pytest
 import multifd
 import peers
 from commands import fails
-from multifd.errors import PeerError
-from qemus import Start, content
+from multifd.errors import CallerError, PeerError
+from qemus import Qemu, Start, content
 
 RELEASES = ("7.2", "10.0", "11.1")
 #: A machine type that all of them have, and an older one.
@@ -90,3 +90,37 @@ def test_a_source_that_is_killed(start: Start, work: Path, release: str) -> None
     says = "the source ended early: cancelled, or gone; its QEMU has ended: the last lines of its standard error"
     with pytest.raises(PeerError, match=says):
         there.join()
+
+
+def migrated(source: Qemu, uri: str, **capabilities: bool) -> None:
+    """The guest to a file, and stopped on this side again."""
+    states = [{"capability": name.replace("_", "-"), "state": state} for name, state in capabilities.items()]
+    if states:
+        source.monitor.command("migrate-set-capabilities", capabilities=states)
+    source.monitor.command("migrate", uri=uri)
+    source.wait("completed")
+    source.monitor.command("cont")
+    source.monitor.command("stop")
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_files_that_a_qemu_writes_are_named(start: Start, work: Path, release: str) -> None:
+    source = start(release, "source")
+    source.fill(content())
+    kinds = {"stream": "a migration stream", "elf": "an ELF core", "kdump-zlib": "a kdump-compressed dump, flattened"}
+    migrated(source, f"exec:cat > {work}/stream")
+    if release != "7.2":
+        migrated(source, f"file:{work}/file")
+        migrated(source, f"file:{work}/mapped", mapped_ram=True)
+        migrated(source, f"file:{work}/channels", mapped_ram=True, multifd=True)
+        kinds |= {"file": "a migration stream", "mapped": "a mapped-ram file", "channels": "a mapped-ram file"}
+        kinds["kdump-raw-zlib"] = "a kdump-compressed dump: "
+    for kind in kinds:
+        if kind.startswith(("elf", "kdump")):
+            source.monitor.command("dump-guest-memory", paging=False, protocol=f"file:{work}/{kind}", format=kind)
+    source.monitor.command("pmemsave", val=0, size=24 << 20, filename=f"{work}/pmemsave")
+    for kind, says in kinds.items():
+        for look in (multifd.open_snapshot, multifd.inspect):
+            with pytest.raises(CallerError, match=f"{kind} is {says}"):
+                look(work / kind)
+    assert multifd.open_snapshot(work / "pmemsave").memory_bytes == 24 << 20, "as is said to do"

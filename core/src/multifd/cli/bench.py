@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from multifd.cli.commands import Run
-from multifd.cli.options import SOURCE_HELP, bandwidth, count, plugin_options
+from multifd.cli.options import RAW_HELP, SOURCE_HELP, bandwidth, count, plugin_options
 from multifd.cli.output import emit, emit_json, print_table, rewrite, size_text
 from multifd.errors import CallerError, counted, os_errors
 
@@ -21,6 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> Run:
     """Its options."""
     parser.description = "Measure every compressor and level on packets of an image, and recommend one for the link."
     plugin_options(parser)
+    parser.add_argument("--raw", action="store_true", help=RAW_HELP)
     parser.add_argument("path", metavar="IMAGE|SNAPSHOT", help=SOURCE_HELP)
     parser.add_argument(
         "--link", type=bandwidth, metavar="BANDWIDTH", help="the network's, as 10Gbit/s (a few usual ones)"
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     links = [arguments.link] if arguments.link else LINKS
     measuring = sys.stderr.isatty()
     on_setting = rewrite if measuring else None
-    found = bench(arguments.path, cores=arguments.cores, on_setting=on_setting, crew=arguments.crew)
+    found = bench(arguments.path, cores=arguments.cores, raw=arguments.raw, on_setting=on_setting, crew=arguments.crew)
     if measuring:
         rewrite("")
     if arguments.json:

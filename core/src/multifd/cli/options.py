@@ -6,6 +6,7 @@ import argparse
 import re
 
 SOURCE_HELP = "a raw memory image, or a snapshot's directory"
+RAW_HELP = "it is a raw image, though it begins as another kind of file does"
 URI_HELP = "tcp:HOST:PORT or unix:PATH"
 LISTENING_CREDS = "a directory with ca-cert.pem, server-cert.pem, server-key.pem, as QEMU's tls-creds-x509"
 CONNECTING_CREDS = "a directory with ca-cert.pem, client-cert.pem, client-key.pem, as QEMU's tls-creds-x509"

@@ -7,6 +7,7 @@ import argparse
 from multifd.cli.commands import Run
 from multifd.cli.options import (
     CONNECTING_CREDS,
+    RAW_HELP,
     SOURCE_HELP,
     URI_HELP,
     observe_option,
@@ -44,6 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> Run:
         help="in the packets (the default for an image), on the main channel (right for every destination, the "
         "default for a snapshot), or as normal pages",
     )
+    parser.add_argument("--raw", action="store_true", help=RAW_HELP)
     parser.add_argument("--block", default="pc.ram", metavar="NAME", help="an image's RAM block (pc.ram)")
     parser.add_argument("--page-size", type=size, metavar="SIZE", help="an image's page size: 1K to 64K (4K)")
     parser.add_argument("--uuid", type=uuid, metavar="UUID", help="the destination's VM uuid (the snapshot's)")
@@ -75,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     compressor = arguments.compressor
     if arguments.level is not None:
         compressor += f",level={arguments.level}"
-    source = open_snapshot(arguments.source, block=arguments.block, page_size=arguments.page_size)
+    source = open_snapshot(arguments.source, block=arguments.block, page_size=arguments.page_size, raw=arguments.raw)
     with ProgressLine(arguments) as line:
         result = send(
             source,

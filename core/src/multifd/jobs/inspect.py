@@ -13,8 +13,8 @@ from uuid import UUID
 
 from multifd.engine.headers import read_packet
 from multifd.errors import CallerError, MultifdError, PeerError, counted, os_errors
+from multifd.jobs.recording import kind_of, open_named
 from multifd.net.connection import MAIN_READ, Connection, Ended
-from multifd.net.recording import open_recording
 from multifd.snapshot.format import INDEX
 from multifd.snapshot.reader import open_snapshot
 from multifd.wire.block import check_packet
@@ -35,7 +35,10 @@ def inspect(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     with os_errors(path, CallerError):
         if not path.is_dir():
-            raise CallerError(f"{path} is not a directory: a recording and a snapshot both are")
+            kind = kind_of(path)
+            raise CallerError(
+                f"{path} is {kind}" if kind else f"{path} is not a directory: a recording and a snapshot both are"
+            )
         try:
             os.lstat(path / INDEX)  # whatever it is
             is_snapshot = True
@@ -116,7 +119,7 @@ class _Tally:
 
 def _recording(path: Path) -> dict[str, Any]:
     with ExitStack() as cleanup:
-        main, channels = open_recording(str(path))
+        main, channels = open_named(str(path))
         for connection in (main, *channels):
             cleanup.callback(connection.close)
         parser = Parser()

@@ -33,7 +33,7 @@ BRIEF = 0.3
 #: Characters of what a monitor says that a message shows.
 SHOWN = 200
 #: And of its reason for a refusal or a failure: a path is in it, and each device on the way there (11.1).
-REASON = 600
+REASON = 400
 
 
 class Monitor:

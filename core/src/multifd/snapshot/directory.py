@@ -181,6 +181,12 @@ def open_file(path: Path) -> int:
     return fd
 
 
+def read_head(path: Path, size: int) -> bytes:
+    """The first bytes of a memory image, or all of a shorter one.  Raises OSError, CallerError."""
+    with os.fdopen(open_file(path), "rb") as file:
+        return file.read(size)
+
+
 def next_data(fd: int, offset: int, length: int) -> int:
     """Where the first byte at or after `offset` is that is not in a hole; the file's length where none is."""
     try:

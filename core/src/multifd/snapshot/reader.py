@@ -19,6 +19,7 @@ from multifd.snapshot.digests import (
     read_digests,
 )
 from multifd.snapshot.directory import Directory, next_data, open_file, read_into
+from multifd.snapshot.foreign import HEAD, foreign
 from multifd.snapshot.format import INDEX, Early, Index, read_index
 from multifd.wire.block import Block
 from multifd.wire.events import Place
@@ -184,7 +185,9 @@ class Snapshot:
                 pieces.check_length(offset)
 
 
-def open_snapshot(path: str | Path, *, block: str = "pc.ram", page_size: int | None = None) -> Snapshot:
+def open_snapshot(
+    path: str | Path, *, block: str = "pc.ram", page_size: int | None = None, raw: bool = False
+) -> Snapshot:
     """Open a snapshot's directory, or a raw image, which becomes the one block named `block`.
 
         snapshot = multifd.open_snapshot("snap")
@@ -192,7 +195,8 @@ def open_snapshot(path: str | Path, *, block: str = "pc.ram", page_size: int | N
             print(item.block.idstr, item.block.used_length)
 
     `page_size`, in bytes, is for raw images; a snapshot says its own.  Raises CallerError for what is
-    neither, for an image that is empty or not a multiple of the page size.
+    neither, for an image that is empty or not a multiple of the page size, and, unless `raw`, for a file that begins as
+    one of another kind (a core, a qcow2 or compressed file), which is named.
     """
     path = Path(path)
     with os_errors(path, CallerError):
@@ -206,7 +210,10 @@ def open_snapshot(path: str | Path, *, block: str = "pc.ram", page_size: int | N
         return snapshot
     page_size = page_size or DEFAULT_PAGE_SIZE
     with os_errors(path, CallerError), os.fdopen(open_file(path), "rb") as file:
+        kind = None if raw else foreign(file.read(HEAD))
         length = file.seek(0, os.SEEK_END)
+    if kind:
+        raise CallerError(f"{path} is {kind}; if it is a raw image that only begins so: --raw")
     if not length:
         raise CallerError(f"{path} is empty: there is no memory to send")
     if length % page_size:

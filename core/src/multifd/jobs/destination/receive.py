@@ -14,13 +14,13 @@ from multifd.crew import Crew, undone
 from multifd.errors import Cancelled, MultifdError, PeerError, UsageError
 from multifd.jobs.destination.connections import meet, recorded
 from multifd.jobs.destination.migration import Migration
+from multifd.jobs.recording import open_named
 from multifd.jobs.report import DEFAULT_CHANNELS, EVERY, OnProgress, Result, check_channels, check_page_size
 from multifd.jobs.verdict import ENDED_EARLY
 from multifd.log import log
 from multifd.net.deadline import DEFAULT_TIMEOUT, FOREVER, Silence
 from multifd.net.door import Door
 from multifd.net.listener import Listener
-from multifd.net.recording import open_recording
 from multifd.net.security import listening_wrap
 from multifd.net.uri import Uri
 from multifd.observe.hooks import IN
@@ -106,7 +106,7 @@ def receive(
         cleanup.push(observed)
         cleanup.enter_context(undone(job.close))
         if where.scheme == "recording":
-            main, others = open_recording(where.path)
+            main, others = open_named(where.path)
             for connection in (main, *others):
                 cleanup.callback(connection.close)
             if channels not in (None, len(others)):

@@ -155,8 +155,8 @@ class Migration:
             return error
         machine = f"machine {self._source.machine}, " if self._source.machine else ""
         here = (
-            f"{machine}compressor {self._choice.name}, {counted(self._count, 'channel')}, page size {self._source.page_size}, "
-            f"RAM blocks {listed([block.block for block in self._blocks])}"
+            f"{machine}compressor {self._choice.name}, {counted(self._count, 'channel')}, page size "
+            f"{self._source.page_size}, RAM blocks {listed([block.block for block in self._blocks])}"
         )
         return told(self._state, error, here, reason() if self._state in AT_THE_DESTINATION else "")
 
