@@ -24,6 +24,7 @@ from multifd.qemu import monitor as monitor_module
 from multifd.qemu.driver import Destination, Source
 from multifd.qemu.monitor import Monitor
 from multifd.qemu.states import Guest, Migration, destination_obstacle, source_obstacle
+from multifd.snapshot.disks import Disk
 from told import warns
 
 GREETING = b'{"QMP": {}}\r\n'
@@ -289,6 +290,44 @@ def test_an_answer_of_another_kind(work: Path, command: str, value: Any) -> None
         source(where)
     one_line(caught.value, f"{where}: {command}: ")
     assert not [name for name in asked if name.startswith("migrate-set")], "nothing is changed"
+
+
+DRIVE = {"file": "a.raw", "ro": False, "drv": "raw", "image": {"filename": "a.raw", "format": "raw"}}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        {},
+        [5],
+        [{"qdev": 5}],
+        [{"qdev": "disk", "inserted": {"ro": True}}],
+        [{"qdev": "disk", "inserted": DRIVE | {"ro": "no"}}],
+        [{"qdev": "disk", "inserted": DRIVE | {"image": {"filename": None, "format": "raw"}}}],
+        [{"qdev": "disk", "inserted": DRIVE | {"image": {"filename": "\ud800", "format": "raw"}}}],
+        [{"qdev": "disk", "inserted": DRIVE | {"image": {"filename": "x" * 100_000, "format": "raw"}}}],
+    ],
+    ids=["null", "object", "number", "device", "nothing", "access", "file", "half a character", "long"],
+)
+def test_disks_of_another_kind(work: Path, value: Any) -> None:
+    """They are not known then; the snapshot is none the worse."""
+    with monitor(work, usual(query_block=value)) as where, source(where) as here:
+        with warns("which disks the guest has is not known, .*: query-block: this is no answer of a QEMU's") as said:
+            assert here.disks() is None
+        assert len(said[0]) < 600
+
+
+def test_disks(work: Path) -> None:
+    below = {"filename": "b.qcow2", "format": "qcow2", "backing-image": {"filename": "base", "format": "raw"}}
+    filters = {"filename": "json:", "format": "copy-on-read", "backing-image": below}
+    value = [
+        {"device": "ide0-cd0", "qdev": "/machine/unattached/device[23]"},
+        {"device": "spare", "inserted": DRIVE},
+        {"device": "", "qdev": "disk", "inserted": DRIVE | {"node-name": "top", "ro": True, "image": filters}},
+    ]
+    with monitor(work, usual(query_block=value)) as where, source(where) as here:
+        assert here.disks() == (Disk("b.qcow2", "qcow2", "top", "disk", read_only=True),)
 
 
 @pytest.mark.parametrize("value", [None, {}, {"UUID": 5}, {"UUID": "guest"}, {"UUID": "00"}], ids=str)

@@ -24,6 +24,7 @@ from disks import small_disk
 from multifd.errors import CallerError, HostError
 from multifd.jobs.bench.measure import bench
 from multifd.snapshot import writer
+from multifd.snapshot.disks import Disk
 from multifd.snapshot.writer import SnapshotWriter
 from multifd.wire.block import Block
 from multifd.wire.events import Place
@@ -45,7 +46,9 @@ def make(path: Path) -> None:
     writer.blocks["pc.ram"].store(PAGE, memoryview(bytes([7]) * PAGE))
     writer.add_device_state(b"the devices")
     writer.add_early(Place.IN_RAM, b"the page table")
-    writer.complete(b"\7\0\0\0\0", uuid=bytes(16), machine="pc", sync="round", transfer={"packets": 3, "channels": 2})
+    transfer = {"packets": 3, "channels": 2}
+    disks = [Disk("/images/root.qcow2", "qcow2", "root", "first", read_only=False)]
+    writer.complete(b"\7\0\0\0\0", uuid=bytes(16), machine="pc", sync="round", transfer=transfer, disks=disks)
     writer.add_digests()
 
 
@@ -222,6 +225,10 @@ def test_what_is_no_index(work: Path, text: str) -> None:
         (lambda index: index["blocks"][0].update(used_length=PAGE + 1), "not a multiple"),
         (lambda index: index["blocks"][0].update(used_length=PAGE), r"has 32768 bytes, snapshot\.json says 4096"),
         (lambda index: index["blocks"][0].update(idstr="\u00e9"), "1 to 255 ASCII"),
+        (lambda index: index["disks"][0].update(read_only=0), r"disks\[0\]\.read_only is of type int, not bool"),
+        (lambda index: index["disks"].append({"file": 7}), r"disks\[1\]\.file is of type int, not str"),
+        (lambda index: index["disks"][0].update(node="\ud800"), "a disk's name is no text"),
+        (lambda index: index.update(disks=None), "disks is of type NoneType, not list"),
     ],
 )
 def test_an_index_that_cannot_be(work: Path, change: Callable[[Any], None], says: str) -> None:
@@ -419,3 +426,26 @@ def test_a_process_that_is_left_leaves_no_draft(work: Path) -> None:
     result = subprocess.run([sys.executable, "-c", code, str(work / "snap")], timeout=60, check=False)
     assert result.returncode == 7
     assert os.listdir(work) == []
+
+
+def test_disks_are_named_in_bounds(work: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What a file is called is anybody's text; there may be many."""
+    make(work / "snap")
+    with changed_index(work / "snap") as index:
+        first = index["disks"][0]
+        index["disks"] = [first | {"file": f"/\x1b[2J{number}" + "x" * 500} for number in range(20)]
+    with caplog.at_level("INFO", "multifd"), pytest.raises(HostError, match="cannot connect"):
+        multifd.send(work / "snap", f"unix:{work}/nobody", verify=False)
+    (said,) = [text for text in caplog.messages if "disks" in text]
+    assert said.startswith("the destination is to have the guest's disks as they were then: /\\x1b[2J0xxx")
+    assert said.endswith("... (qcow2, node root), and 12 more")
+    assert len(said) < 2500
+    assert said.isprintable()
+
+
+def test_a_snapshot_from_before_says_nothing_of_disks(work: Path) -> None:
+    make(work / "snap")
+    with changed_index(work / "snap") as index:
+        del index["disks"]
+    assert multifd.open_snapshot(work / "snap").disks is None
+    assert multifd.inspect(work / "snap")["disks"] is None

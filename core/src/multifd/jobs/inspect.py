@@ -72,6 +72,7 @@ def _snapshot(path: Path) -> dict[str, Any]:
         ],
         "early_state_bytes": snapshot.early_state_bytes,
         "device_state_bytes": snapshot.device_state_bytes,
+        "disks": None if snapshot.disks is None else [disk.to_json() for disk in snapshot.disks],
         "digest": snapshot.digest,
         "channels": transfer.get("channels"),
         "method": transfer.get("compressor"),

@@ -9,9 +9,10 @@ from typing import Self
 from uuid import UUID
 
 from multifd.crew import Crew
-from multifd.errors import MultifdError, PeerError
+from multifd.errors import Cancelled, MultifdError, PeerError
 from multifd.log import log
 from multifd.net.connection import Ended, Lost, Stalled
+from multifd.qemu.disks import read_disks
 from multifd.qemu.monitor import BRIEF, REASON, Monitor, of, shown
 from multifd.qemu.settings import OFF, Settings, read_capabilities
 from multifd.qemu.states import (
@@ -24,9 +25,12 @@ from multifd.qemu.states import (
     leftover,
     source_obstacle,
 )
+from multifd.snapshot.disks import Disk
 
 #: Seconds after which a migration is looked at though no event came.
 LOOK = 1.0
+#: Seconds for an answer that its guest, stopped, waits for.
+ANSWER = 5.0
 #: Seconds that a QEMU which answers may take to end a cancelled migration and to have its settings put back.
 PATIENCE = 7.0
 #: A destination in one of these is of no use any more.
@@ -200,6 +204,16 @@ class Source(_Side):
                 self._ended(5)
             if self._was_running and not self.monitor.ask("query-status", Guest.read).running:
                 self.monitor.command("cont")
+
+    def disks(self) -> tuple[Disk, ...] | None:
+        """Its guest's; None, and a warning, where it does not say."""
+        try:
+            return self.monitor.ask("query-block", read_disks, ANSWER)
+        except Cancelled:
+            raise
+        except MultifdError as error:
+            log.warning(f"which disks the guest has is not known, and not in the snapshot: {error}")
+            return None
 
     def leave(self, then: str) -> None:
         """What becomes of the guest: `stop` leaves it stopped, `resume` lets it run, `quit` ends QEMU."""

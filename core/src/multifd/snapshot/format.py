@@ -1,6 +1,6 @@
 """A snapshot on disk: one sparse file per RAM block, the device state, and snapshot.json.
 
-    DIR/snapshot.json        format, uuid, machine, page_size, sync, blocks, files, transfer, digests
+    DIR/snapshot.json        format, uuid, machine, page_size, sync, blocks, files, transfer, disks, digests
     DIR/0-pc.ram.raw         RAM block 0, as long as the block, holes where pages are zero
     DIR/configuration.bin    the main channel's configuration section, as it came
     DIR/device_state.bin     what followed the RAM sections, as it came, description included
@@ -13,7 +13,6 @@ It is written under another name beside its own and renamed when all of it is on
 from __future__ import annotations
 
 import json
-import os
 import re
 import uuid as uuids
 from dataclasses import dataclass
@@ -22,8 +21,9 @@ from typing import Any, TypeVar
 from multifd.errors import CallerError, PeerError
 from multifd.log import escaped
 from multifd.snapshot.directory import Directory
+from multifd.snapshot.disks import Disk
 from multifd.wire.block import MAX_LENGTH, Block, check_blocks
-from multifd.wire.document import parse_document
+from multifd.wire.document import is_text, parse_document
 from multifd.wire.events import Place
 from multifd.wire.packet import PAGE_SIZES
 
@@ -72,6 +72,8 @@ class Index:
     configuration: str
     device_state: str
     early: Early | None
+    #: The guest's when it was taken; None where nobody knows.
+    disks: tuple[Disk, ...] | None
 
     @property
     def format(self) -> int:
@@ -149,10 +151,11 @@ def _checked(whole: dict[str, Any], *, early: bool) -> Index:
         _name(whole, "configuration"),
         _name(whole, "device_state"),
         _early(whole) if early else None,
+        _disks(whole),
     )
     if found.page_size not in PAGE_SIZES or found.sync not in SYNC_MODES or not blocks:
         raise ValueError("page_size, sync or blocks make no sense")
-    if len(found.machine) > 1024 or not _is_text(found.machine):
+    if len(found.machine) > 1024 or not is_text(found.machine):
         raise ValueError("machine is no machine type's name")
     if not all(0 < block.used_length <= MAX_LENGTH for block in blocks):
         raise ValueError("a used_length is no file's")
@@ -177,6 +180,17 @@ def _early(whole: dict[str, Any]) -> Early:
     if not 0 <= ram_section < 1 << 32:
         raise ValueError(f"{where}ram_section makes no sense")
     return Early({place: _name(entry, place.value, where) for place in Place if place.value in entry}, ram_section)
+
+
+def _disks(whole: dict[str, Any]) -> tuple[Disk, ...] | None:
+    if "disks" not in whole:
+        return None
+    found = []
+    for number, entry in enumerate(get(whole, "disks", list)):
+        where = f"disks[{number}]."
+        file, format_, node, device = (get(entry, key, str, where) for key in ("file", "format", "node", "device"))
+        found.append(Disk(file, format_, node, device, get(entry, "read_only", bool, where)))
+    return tuple(found)
 
 
 def get(entry: object, key: str, kind: type[T], where: str = "") -> T:
@@ -204,16 +218,6 @@ def get_digest(entry: object, key: str, where: str = "") -> str | None:
 def _name(entry: object, key: str, where: str = "") -> str:
     """A file's name, which leads nowhere but into the directory."""
     name = get(entry, key, str, where)
-    if name in ("", ".", "..") or "/" in name or "\0" in name or len(name) > 255 or not _is_text(name):
+    if name in ("", ".", "..") or "/" in name or "\0" in name or len(name) > 255 or not is_text(name):
         raise ValueError(f"{where}{key} is no name of a file")
     return name
-
-
-def _is_text(text: str) -> bool:
-    """JSON can hold halves of characters that nothing can write."""
-    try:
-        os.fsencode(text)
-        text.encode()
-    except UnicodeError:
-        return False
-    return True

@@ -19,6 +19,7 @@ from multifd.snapshot.digests import (
     read_digests,
 )
 from multifd.snapshot.directory import Directory, next_data, open_file, read_into
+from multifd.snapshot.disks import Disk
 from multifd.snapshot.foreign import HEAD, foreign
 from multifd.snapshot.format import INDEX, Early, Index, read_index
 from multifd.wire.block import Block
@@ -113,6 +114,11 @@ class Snapshot:
     def memory_bytes(self) -> int:
         """All blocks' lengths together."""
         return sum(item.block.used_length for item in self.blocks)
+
+    @property
+    def disks(self) -> tuple[Disk, ...] | None:
+        """The guest's when it was taken, which are not in the snapshot; None where nobody knows."""
+        return None if self._opened is None else self._opened[1].disks
 
     @property
     def digest(self) -> str | None:

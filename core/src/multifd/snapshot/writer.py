@@ -22,6 +22,7 @@ from multifd.memory.arrivals import Arrivals
 from multifd.memory.zeropages import ZEROS
 from multifd.snapshot.digests import LIST, described, make_digests
 from multifd.snapshot.directory import Access, Directory
+from multifd.snapshot.disks import Disk
 from multifd.snapshot.format import (
     CONFIGURATION,
     DEVICE_STATE,
@@ -191,8 +192,9 @@ class SnapshotWriter:
         sync: str,
         transfer: dict[str, Any],
         ram_section: int = 1,
+        disks: Sequence[Disk] | None = None,
     ) -> None:
-        """Bring all of it to the disk, then give the snapshot its name."""
+        """Bring all of it to the disk, then give the snapshot its name.  `disks` are the guest's, where known."""
         for block in self.blocks.values():
             block.sync()
             block.close()
@@ -214,6 +216,8 @@ class SnapshotWriter:
             files = {place.value: EARLY_STATE.format(place.value) for place in Place if place in self._early}
             early = {"ram_section": ram_section} | files
             index |= {"format": WITH_NEEDS, "needs": [EARLY], "early_sections": early}
+        if disks is not None:
+            index["disks"] = [disk.to_json() for disk in disks]
         assert self._draft is not None, "it was completed"
         with os_errors(self._draft):
             for file in (self._device_state, *self._early.values()):

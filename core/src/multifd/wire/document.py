@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 #: Nobody's are as deep (a VM description has some 20); Python's own functions give up at several hundred.
@@ -27,3 +28,13 @@ def parse_document(text: bytes | bytearray) -> Any:
     if level:
         raise ValueError(_TOO_DEEP)
     return found
+
+
+def is_text(text: str) -> bool:
+    """Whether it can be written; JSON can hold halves of characters, which cannot."""
+    try:
+        os.fsencode(text)
+        text.encode()
+    except UnicodeError:
+        return False
+    return True

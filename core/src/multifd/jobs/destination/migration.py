@@ -25,6 +25,7 @@ from multifd.net.socket import SocketConnection
 from multifd.observe.hooks import BACK, IN
 from multifd.observe.observers import Observers
 from multifd.snapshot.directory import Access
+from multifd.snapshot.disks import Disk
 from multifd.snapshot.writer import BlockFile, SnapshotWriter
 from multifd.wire.counts import Counts
 from multifd.wire.events import (
@@ -85,6 +86,9 @@ class Migration:
         self._pages_then = 0
         self._total_pages = 0
         self._state = State.WAITING
+        #: Asks for the guest's disks while it stands still, its memory being here; None where nobody knows.
+        self.ask_disks: Callable[[], Sequence[Disk] | None] = lambda: None
+        self.disks: Sequence[Disk] | None = None
         #: The manifest digest of the snapshot, once it has one.
         self.digest: str | None = None
 
@@ -313,6 +317,7 @@ class Migration:
                 # A slow disk may take minutes; QEMU ignores a PONG, and our sender counts it as life.
                 writing.enter_context(self._crew.every(1.0, still_here))
             writing.enter_context(doing(f"writing {self._path} to the disk"))
+            self.disks = self.ask_disks()
             snapshot.complete(
                 self._configuration.raw,
                 uuid=uuid,
@@ -320,6 +325,7 @@ class Migration:
                 sync=self._parser.sync,
                 transfer=transfer,
                 ram_section=self._parser.ram_section or 1,
+                disks=self.disks,
             )
         self._saw(Saw.ON_DISK)
         said = result()

@@ -27,6 +27,7 @@ from multifd.observe.hooks import IN
 from multifd.observe.observers import Observers
 from multifd.qemu.driver import THEN, Source
 from multifd.snapshot.directory import Access
+from multifd.snapshot.disks import Disk, named
 from multifd.snapshot.writer import check_free
 
 #: Seconds without a byte after which QEMU is asked whether it waits for somebody.
@@ -118,6 +119,7 @@ def receive(
                 driver = Source(qmp, channels=channels, method=readers.method, timeout=timeout, crew=crew)
                 cleanup.enter_context(driver)
                 cleanup.push(driver.recover)
+                job.ask_disks = driver.disks
                 first_timeout = timeout
             listener = Listener(where, silence, wrap)
             cleanup.callback(listener.close)
@@ -155,6 +157,7 @@ def receive(
             # The guest has waited long enough.
             last.callback(job.add_digests, plain=sha256, on_wait=on_digests)
         if driver is not None:
+            _tell_disks([disk for disk in job.disks or () if not disk.read_only], then)
             _leave(driver, then)
     return replace(result, digest=job.digest)
 
@@ -165,6 +168,17 @@ def _watch(driver: Source, silence: Silence, job: Migration) -> None:
         driver.name_wait()
         if job.unfinished and driver.given_up():
             raise PeerError(ENDED_EARLY)
+
+
+def _tell_disks(disks: Sequence[Disk], then: str) -> None:
+    """A guest that is restored with other content on them is damaged."""
+    if disks and then == "resume":
+        log.warning(
+            f"the guest goes on and writes to its disks, which are not in the snapshot: {named(disks)}: to have both "
+            "of one moment, take it with --then stop, copy them or say blockdev-snapshot-sync on its monitor, then cont"
+        )
+    elif disks:
+        log.info(f"the guest's disks are not in the snapshot: keep them with it as they are now: {named(disks)}")
 
 
 def _leave(driver: Source, then: str) -> None:

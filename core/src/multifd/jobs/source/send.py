@@ -26,6 +26,7 @@ from multifd.net.uri import Uri
 from multifd.observe.hooks import OUT
 from multifd.observe.observers import Observers
 from multifd.snapshot.digests import Pieces
+from multifd.snapshot.disks import named
 from multifd.snapshot.format import SYNC_MODES
 from multifd.snapshot.reader import Snapshot, open_snapshot
 from multifd.wire.events import Place
@@ -98,6 +99,8 @@ def send(
     if not verified:
         log.debug(f"{source.path} is sent unchecked: {'it has no digests' if verify else 'as asked'}")
         pieces = [None] * (len(source.blocks) + 2 + len(source.places))
+    if source.disks:
+        log.info(f"the destination is to have the guest's disks as they were then: {named(source.disks)}")
     observers = Observers(observe)
     crew = crew or Crew()
     silence = Silence(timeout)
