@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
                 emit(f"{'block':<19}{block['idstr']}: {block['used_length']} bytes" + (f", {digest}" if digest else ""))
         elif key == "disks":
             for disk in value or ():
-                access = "read-only" if disk["read_only"] else "written"
+                access = "read-only" if disk["read_only"] else "writable"
                 emit(f"{'disk':<19}{disk['file']}: {disk['format']}, node {disk['node']}, {disk['device']}, {access}")
         elif value is not None:
             emit(f"{key.replace('_', ' '):<19}{value}")
