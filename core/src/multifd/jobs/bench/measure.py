@@ -328,10 +328,9 @@ def bench(
     """Measure every available compressor on an image or a snapshot, `cores` of each side at work.
 
     Each is measured in a child process.  `raw` is `open_snapshot`'s.  `on_setting` is told each setting before it is
-    measured; `crew` is a new Crew,
-    whose `cancel` ends all of it.  Raises CallerError for what is no
-    image or holds zero pages only, or without none, HostError where it cannot be read, Cancelled; a compressor that is
-    not available, fails, crashes or hangs is a row with its reason.
+    measured; `crew` is a new Crew, whose `cancel` ends all of it.  Raises CallerError for what is no image or holds
+    zero pages only, or without none, HostError where it cannot be read, Cancelled; a compressor that is not available,
+    fails, crashes or hangs is a row with its reason.
     """
     snapshot = open_snapshot(path, raw=raw)
     sample = take_sample(snapshot)

@@ -175,7 +175,7 @@ def _tell_disks(disks: Sequence[Disk], then: str) -> None:
     if disks and then == "resume":
         log.warning(
             f"the guest goes on and writes to its disks, which are not in the snapshot: {named(disks)}: to have both "
-            "as of one moment, take it with --then stop, copy them or say blockdev-snapshot-sync on its monitor, then cont"
+            "as of one moment, take it with --then stop, copy them (or blockdev-snapshot-sync on its monitor), cont"
         )
     elif disks:
         log.info(f"the guest's disks are not in the snapshot: keep them with it as they are now: {named(disks)}")
