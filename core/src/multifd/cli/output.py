@@ -57,8 +57,13 @@ def report(arguments: argparse.Namespace, verb: str, result: Result, more: dict[
         f"{verb} {size_text(result.memory_bytes)} in {result.seconds:.2f} s ({size_text(rate)}/s){target}: {pages} "
         f"pages, {result.zero_pages} of them zero; {size_text(result.wire_bytes)} on the wire (ratio "
         f"{result.memory_bytes / max(result.wire_bytes, 1):.2f}), {channels}, {result.compressor}"
-        f"{ways(result.statistics)}"
+        f"{ways(result.statistics)}{stood_still(result)}"
     )
+
+
+def stood_still(result: Result) -> str:
+    """For how long the guest did, where that is known."""
+    return "" if result.standstill is None else f"; the guest stood still for {result.standstill:.2f} s"
 
 
 def ways(statistics: dict[str, int]) -> str:

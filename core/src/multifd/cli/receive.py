@@ -52,6 +52,11 @@ def configure(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument(
         "--then", choices=("stop", "resume", "quit"), default="stop", help="with --qmp: the guest afterwards (stop)"
     )
+    parser.add_argument(
+        "--stop-after",
+        metavar="30s|5rounds",
+        help="with --qmp: stop a guest that still runs then, at the end of a round of RAM, and send what is left",
+    )
     return run
 
 
@@ -79,6 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
             uuid=arguments.uuid,
             qmp=arguments.qmp,
             then=arguments.then,
+            stop_after=arguments.stop_after,
             observe=arguments.observe,
             on_listening=lambda uri: say(f"listening on {uri}"),
             on_progress=line.show,

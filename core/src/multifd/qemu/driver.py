@@ -36,6 +36,8 @@ PATIENCE = 7.0
 #: A destination in one of these is of no use any more.
 FAILED = ("failed", "failing")
 THEN = ("stop", "resume", "quit")
+#: Milliseconds: the longest downtime-limit that QEMU (7.2 to 11.1) takes.
+ANY_DOWNTIME = 2_000_000
 #: A cancel comes to its end once the connections are closed, which the other side may have to do.
 GIVEN_UP = ("failed", "failing", "cancelled", "cancelling")
 
@@ -214,6 +216,24 @@ class Source(_Side):
         except MultifdError as error:
             log.warning(f"which disks the guest has is not known, and not in the snapshot: {error}")
             return None
+
+    def switch_over(self) -> None:
+        """Let QEMU stop its guest and send what is left, however long that takes.  Raises PeerError.
+
+        Not by `stop`: QEMU would send what is left at max-bandwidth, and then once more what was written meanwhile; and
+        the state would say that the guest was paused.  So QEMU does what it does at the end of any migration, and lets
+        the guest go on where that fails.
+        """
+        self._settings.change("downtime-limit", ANY_DOWNTIME)
+
+    @property
+    def standstill(self) -> float | None:
+        """Seconds that the guest stood still, by QEMU's clock: from when the migration stopped it until `leave` let
+        it go on, or else until the migration had ended.  None where it did not run.
+        """
+        times = self.monitor.times
+        end = times.get("RESUME", times.get("MIGRATION"))
+        return max(0.0, round(end - times["STOP"], 6)) if end is not None and "STOP" in times else None
 
     def leave(self, then: str) -> None:
         """What becomes of the guest: `stop` leaves it stopped, `resume` lets it run, `quit` ends QEMU."""

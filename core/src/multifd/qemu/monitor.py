@@ -12,6 +12,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Self, TypeVar
 
 from multifd.crew import Crew
@@ -30,6 +31,8 @@ T = TypeVar("T")
 LONGEST_LINE = 16 << 20
 #: Seconds for an answer where QEMU may be unable to give one: it is blocked while it writes to us.
 BRIEF = 0.3
+#: Events whose times say how long a guest stood still.
+TIMED = ("STOP", "RESUME", "MIGRATION")
 #: Characters of what a monitor says that a message shows.
 SHOWN = 200
 #: And of its reason for a refusal or a failure: a path is in it, and each device on the way there (11.1).
@@ -57,6 +60,8 @@ class Monitor:
         self._changed = False
         #: The status that the last event MIGRATION told, whatever QEMU sent as that.
         self.told: object = None
+        #: Seconds, by QEMU's clock, of the last event of each name in TIMED.
+        self.times: dict[str, float] = {}
         self._hurried = False
         self._connection: SocketConnection | None = None
         if crew is not None:
@@ -182,6 +187,10 @@ class Monitor:
 
     def _note(self, message: dict[str, Any]) -> bool:
         """Whether it is an event."""
+        if message.get("event") in TIMED:
+            with suppress(LookupError, TypeError):
+                at = message["timestamp"]
+                self.times[message["event"]] = at["seconds"] + at["microseconds"] / 1e6
         if message.get("event") == "MIGRATION":
             self._changed = True
             data = message.get("data")

@@ -46,6 +46,12 @@ class Settings:
         if parameters:
             self._monitor.command("migrate-set-parameters", **parameters)
 
+    def change(self, name: str, value: object) -> None:
+        """One parameter more.  Raises PeerError where QEMU does not take it."""
+        current = self._monitor.ask("query-migrate-parameters", read_parameters)
+        self._set({}, {name: value})
+        self._parameters.setdefault(name, current[name])
+
     def restore(self) -> None:
         """Put back what was changed.  Warns of what QEMU refuses; one that has gone needs nothing."""
         # In reverse: mapped-ram is not taken beside a compression.

@@ -48,12 +48,17 @@ class Migration:
     error: str
     #: Whether a destination has an address that it listens at; 7.2 has no status before somebody connects.
     listening: bool
+    #: Rounds of RAM that have begun; a source's.
+    rounds: int = 0
 
     @classmethod
     def read(cls, answer: Any) -> Self:
         """For `Monitor.ask`."""
         return cls(
-            of(str, answer.get("status", "none")), of(str, answer.get("error-desc", "")), "socket-address" in answer
+            of(str, answer.get("status", "none")),
+            of(str, answer.get("error-desc", "")),
+            "socket-address" in answer,
+            of(int, answer.get("ram", {}).get("dirty-sync-count", 0)),
         )
 
     def __str__(self) -> str:

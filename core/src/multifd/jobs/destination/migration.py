@@ -306,7 +306,7 @@ class Migration:
             "rounds": self._rounds,
             "description": self._parser.complete,
         }
-        del transfer["digest"]  # they follow
+        del transfer["digest"], transfer["standstill"]  # they follow
 
         def still_here() -> None:
             with suppress(MultifdError):

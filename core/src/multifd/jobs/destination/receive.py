@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,10 +15,12 @@ from multifd.crew import Crew, undone
 from multifd.errors import Cancelled, MultifdError, PeerError, UsageError
 from multifd.jobs.destination.connections import meet, recorded
 from multifd.jobs.destination.migration import Migration
+from multifd.jobs.destination.stopping import StopAfter, Stopping
 from multifd.jobs.recording import open_named
 from multifd.jobs.report import DEFAULT_CHANNELS, EVERY, OnProgress, Result, check_channels, check_page_size
 from multifd.jobs.verdict import ENDED_EARLY
 from multifd.log import log
+from multifd.net.connection import Stalled
 from multifd.net.deadline import DEFAULT_TIMEOUT, FOREVER, Silence
 from multifd.net.door import Door
 from multifd.net.listener import Listener
@@ -26,12 +29,15 @@ from multifd.net.uri import Uri
 from multifd.observe.hooks import IN
 from multifd.observe.observers import Observers
 from multifd.qemu.driver import THEN, Source
+from multifd.qemu.monitor import BRIEF
 from multifd.snapshot.directory import Access
 from multifd.snapshot.disks import Disk, named
 from multifd.snapshot.writer import check_free
 
 #: Seconds without a byte after which QEMU is asked whether it waits for somebody.
 WAITS = 2.0
+#: Seconds from one look at a QEMU's rounds to the next, where its guest is to be stopped at the end of one.
+LOOKS = 0.1
 
 
 def receive(
@@ -53,6 +59,7 @@ def receive(
     uuid: bytes | None = None,
     qmp: str | None = None,
     then: str = "stop",
+    stop_after: str | None = None,
     observe: Sequence[str] = (),
     on_listening: Callable[[str], None] | None = None,
     on_progress: OnProgress | None = None,
@@ -76,7 +83,9 @@ def receive(
     VM's: another one's connections are ignored; without it the first migration whose connections are complete is taken.
     `qmp` is the monitor of the source's QEMU: its settings are made to fit and put back at the
     end, the migration is started, and after it the guest is left as `then` says: `stop`,
-    `resume` or `quit`; where it fails, a guest that ran goes on.  `observe` are those that look on,
+    `resume` or `quit`; where it fails, a guest that ran goes on.  `stop_after`, `30s` or `5rounds`, ends the migration
+    of a guest that writes memory faster than the link carries it: at the end of the round of RAM that is under way so
+    long after the beginning, or after so many rounds, QEMU stops the guest and sends what is left.  `observe` are those that look on,
     each `NAME[=ARG]` (`multifd.observe.hooks`).  What a callback raises fails the job.  `crew` is a new Crew, whose
     `cancel` ends the job from any thread.
     Raises UsageError, CallerError, HostError, PeerError, CompressorError, Cancelled.
@@ -84,6 +93,9 @@ def receive(
     check_page_size(page_size)
     if then not in THEN:
         raise UsageError(f"then {then!r} is none of {', '.join(THEN)}")
+    stopping = Stopping(StopAfter.parse(stop_after)) if stop_after is not None else None
+    if stopping is not None and qmp is None:
+        raise UsageError("only over its monitor can a guest be stopped: say where that is, too (--qmp)")
     where = Uri.parse(uri)
     if where.scheme == "unix":
         where = Uri("unix", path=os.path.abspath(where.path))  # QEMU may be elsewhere
@@ -138,6 +150,8 @@ def receive(
                     crew.on_cancel(driver.cancel)
                     driver.start(str(listener.uri))
                     cleanup.enter_context(crew.every(WAITS, partial(_watch, driver, silence, job)))
+                    if stopping is not None:
+                        cleanup.enter_context(crew.every(LOOKS, partial(_stop, driver, stopping, time.monotonic())))
                 job.party = meet(door, crew, channels or DEFAULT_CHANNELS, uuid, silence, first_timeout)
                 door.close()
             observed.enter_context(observers.migration(IN))
@@ -159,7 +173,7 @@ def receive(
         if driver is not None:
             _tell_disks([disk for disk in job.disks or () if not disk.read_only], then)
             _leave(driver, then)
-    return replace(result, digest=job.digest)
+    return replace(result, digest=job.digest, standstill=driver.standstill if driver is not None else None)
 
 
 def _watch(driver: Source, silence: Silence, job: Migration) -> None:
@@ -179,6 +193,15 @@ def _tell_disks(disks: Sequence[Disk], then: str) -> None:
         )
     elif disks:
         log.info(f"the guest's disks are not in the snapshot: keep them with it as they are now: {named(disks)}")
+
+
+def _stop(driver: Source, stopping: Stopping, started: float) -> None:
+    """Let the guest be stopped where this is the moment.  Raises PeerError where QEMU does not do that."""
+    with suppress(Stalled):  # it is blocked writing to us
+        if stopping.now(time.monotonic() - started, driver.status(BRIEF).rounds - 1):
+            log.debug("the guest is stopped now: what is left is sent while it stands still")
+            driver.switch_over()
+            stopping.done = True
 
 
 def _leave(driver: Source, then: str) -> None:
