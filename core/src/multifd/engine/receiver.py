@@ -32,6 +32,7 @@ from multifd.wire.block import Block, check_packet
 from multifd.wire.counts import Counts
 from multifd.wire.numbers import ChannelNumbers, Numbers, Round
 from multifd.wire.packet import InitPacket, RamPacket, header_length
+from multifd.wire.passes import Passes
 
 #: Bytes read at once of what comes afterwards.
 AFTERWARDS = 4096
@@ -70,6 +71,7 @@ class _RecvChannel:
     watch: Watch
     counts: Counts = field(default_factory=Counts)
     numbers: ChannelNumbers = field(default_factory=ChannelNumbers)
+    passes: Passes = field(default_factory=Passes)
     rounds: deque[Round] = field(default_factory=deque)
     syncs: int = 0
     over: bool = False
@@ -138,6 +140,16 @@ class RecvChannels:
     def sync_points(self) -> int:
         """Sync points that all have passed."""
         return self._passed
+
+    @property
+    def passes(self) -> int:
+        """How often the source has gone through its memory."""
+        return max(channel.passes.ended for channel in self._channels)
+
+    @property
+    def recent_source(self) -> bool:
+        """Whether its SYNCs are those of QEMU 10.0 or later; known from the first sync point on."""
+        return self._numbers.recent
 
     def sync_point(self, between: Callable[[], None]) -> None:
         """The main channel is at its next marker: wait for every channel's SYNC, then go on.
@@ -248,6 +260,7 @@ class RecvChannels:
                 return str(ended)
             channel.watch.clock.lap("wait")
             ended_round = channel.numbers.add(packet)
+            channel.passes.add(packet)
             if packet.normal or packet.zero:
                 self._take(channel, memory, packet, pages)
             channel.counts.add(packet)

@@ -110,3 +110,4 @@ class ReturnPath(IntEnum):
 
     SHUT = 1
     PONG = 2
+    SWITCHOVER_ACK = 7  # QEMU 8.1 and later; 7.2 fails where one comes

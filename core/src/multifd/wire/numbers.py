@@ -109,6 +109,11 @@ class Numbers:
     _merged: int = 0
     _told: bool = False
 
+    @property
+    def recent(self) -> bool:
+        """Whether all SYNCs so far, and there were some, are like those of QEMU 10.0 and later."""
+        return self._rooms == {0} and not self._merged
+
     def sync_point(self, rounds: Sequence[Round]) -> str:
         """All channels have come to their next SYNC.  Raises PeerError where a packet is not of this round, Missing.
 

@@ -21,6 +21,11 @@ def pong(value: int) -> bytes:
     return RETURN_MESSAGE.pack(ReturnPath.PONG, 4, value)
 
 
+def switchover_ack() -> bytes:
+    """The destination is ready for the last round; see `machine.takes_unasked_ack`."""
+    return COMMAND_HEAD.pack(ReturnPath.SWITCHOVER_ACK, 0)
+
+
 class ReturnPathParser:
     """Reads the return path; `shut` is the code of SHUT once it came."""
 

@@ -13,6 +13,7 @@ from multifd.crew import Crew, doing
 from multifd.engine.receiver import Memory, RecvChannels
 from multifd.errors import MultifdError, PeerError, describe
 from multifd.jobs.destination.connections import Party
+from multifd.jobs.destination.switchover import Switchover
 from multifd.jobs.destination.verdict import SUCCESSES, Saw, State, after, seen, told
 from multifd.jobs.report import Progress, Result
 from multifd.log import log
@@ -89,6 +90,7 @@ class Migration:
         #: Asks for the guest's disks while it stands still, its memory being here; None where nobody knows.
         self.ask_disks: Callable[[], Sequence[Disk] | None] = lambda: None
         self.disks: Sequence[Disk] | None = None
+        self.switchover = Switchover()
         #: The manifest digest of the snapshot, once it has one.
         self.digest: str | None = None
 
@@ -245,6 +247,7 @@ class Migration:
                 self._channels.sync_point(self._snapshot.next_epoch)
                 self._saw(Saw.SYNC)
                 pages = self._pages
+                self._look_at_rounds(main, self._channels, pages)
                 self._rounds += pages > self._pages_then
                 self._pages_then = pages
             case Configuration():
@@ -272,6 +275,14 @@ class Migration:
                     raise PeerError("main channel: a ping without a return path")
                 with suppress(Lost):  # a source that has gone: what is missing then tells
                     main.write([pong(int.from_bytes(data))])
+
+    def _look_at_rounds(self, main: Connection, channels: RecvChannels, pages: int) -> None:
+        assert self.party is not None
+        if not isinstance(self.party.main, RecordedConnection):
+            machine, answers = self._configuration.machine, self._return_path
+            self.switchover.sync_point(
+                main, channels, pages, self._parser.page_size, machine=machine, return_path=answers
+            )
 
     def _complete(self, main: Connection, channels: RecvChannels) -> Result:
         snapshot = self._snapshot

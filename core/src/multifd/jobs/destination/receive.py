@@ -112,6 +112,7 @@ def receive(
     crew = crew or Crew()
     crew.on_end(silence.cancel)
     job = Migration(path, access, page_size, description_required, missing_allowed, readers, silence, crew, observers)
+    job.switchover.seen_to = stopping is not None
     driver: Source | None = None
     observed = ExitStack()
     with ExitStack() as last, ExitStack() as cleanup:

@@ -22,6 +22,7 @@ from multifd.wire.counts import Counts
 from multifd.wire.flags import method_name
 from multifd.wire.numbers import ChannelNumbers, Round
 from multifd.wire.packet import InitPacket, RamPacket, header_length
+from multifd.wire.passes import Passes
 
 
 class Channel(ABC):
@@ -43,6 +44,7 @@ class Channel(ABC):
         self.destination = destination
         self.counts = Counts()
         self.numbers = ChannelNumbers()
+        self.passes = Passes()
         self.rounds: deque[Round] = deque()
         self.syncs = 0
         self.over = False
@@ -84,6 +86,7 @@ class Channel(ABC):
                     changed.notify_all()
                 return
             ended_round = self.numbers.add(packet)
+            self.passes.add(packet)
             if self.over:
                 if ended_round or self.numbers.since_sync:
                     raise PeerError(f"packet {packet.packet_num} came after the last sync point")

@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from multifd.errors import PeerError
+from multifd.jobs.convergence import Convergence
 from multifd.jobs.relay.channel import Channel
+from multifd.jobs.relay.mainchannel import MainChannel
 from multifd.jobs.verdict import LAST_WORD
 from multifd.log import log
 from multifd.net.connection import Ended
@@ -37,6 +39,7 @@ class Channels:
         self._silence = silence
         self._numbers: Numbers | None = None
         self._settled: float | None = None
+        self._convergence = Convergence()
 
     @property
     def methods(self) -> set[int]:
@@ -77,6 +80,17 @@ class Channels:
             self._changed.wait_for(lambda: self.ids or over(), LATE_CHANNEL)
         self._await(lambda channel: channel.syncs >= points or channel.ended, over)
         self.sync_point(points)
+
+    def pass_sync(self, main: MainChannel, over: Callable[[], bool]) -> None:
+        """The main channel is at a sync point: `await_sync`, and say whether the source comes to an end."""
+        self.await_sync(main.sync_points, over)
+        channels = self.running.values()
+        passes = max((channel.passes.ended for channel in channels), default=0)
+        pages = sum(channel.counts.pages for channel in channels) + main.zero_pages
+        if found := self._convergence.sync_point(
+            passes, pages, main.page_size, time.monotonic(), may_wait=main.return_path
+        ):
+            log.warning(found)
 
     def judge_rounds(self, page_size: int) -> None:
         """Those that all channels have ended, once no other can come.  Raises PeerError as `Numbers` does.

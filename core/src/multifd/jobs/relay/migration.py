@@ -272,7 +272,7 @@ class Migration:
                 raise PeerError("the source sends its pages here: turn multifd on over there")
             case SyncPoint():
                 with self._changed:
-                    self._channels.await_sync(self._main.sync_points, lambda: self.over)
+                    self._channels.pass_sync(self._main, lambda: self.over)
                 self._saw(Saw.SYNC)
             case RamEnd():
                 self._saw(Saw.RAM_END)
