@@ -52,6 +52,7 @@ ROOMS = {
         "net.tls",
         "net.door",
         "net.lookup",
+        "net.rate",
         "codec.hooks",
         "codec.naming",
         "codec.readers",

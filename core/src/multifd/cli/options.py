@@ -74,6 +74,16 @@ def progress_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def rate_option(parser: argparse.ArgumentParser) -> None:
+    """How much of a link it may take."""
+    parser.add_argument(
+        "--rate",
+        type=size,
+        metavar="LIMIT",
+        help="write no more bytes a second to the destination, over all connections together: 100M, 800K (no limit)",
+    )
+
+
 def seconds(text: str) -> float:
     """A time."""
     value = float(text)
@@ -103,9 +113,9 @@ PAGE_SIZE_HELP = "the guest's page size, 1K to 64K, where neither the stream nor
 
 
 def size(text: str) -> int:
-    """Bytes, K for 1024 of them."""
-    number = text.upper().removesuffix("K")
-    return int(number) * (1024 if number != text.upper() else 1)
+    """Bytes; K for 1024 of them, M and G for 1024 of those each."""
+    power = " KMG".find(text[-1:].upper())
+    return int(text[:-1]) << 10 * power if power > 0 else int(text)
 
 
 def uuid(text: str) -> bytes:

@@ -16,6 +16,7 @@ from multifd.cli.options import (
     observe_option,
     plugin_options,
     progress_option,
+    rate_option,
     size,
     timeout_option,
     uuid,
@@ -35,6 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> Run:
     observe_option(parser)
     timeout_option(parser)
     progress_option(parser)
+    rate_option(parser)
     parser.add_argument("--listen", required=True, metavar="URI", help=f"where the source connects: {URI_HELP}")
     parser.add_argument("--connect", required=True, metavar="URI", help=f"where the destination listens: {URI_HELP}")
     parser.add_argument("--from", dest="source", metavar="NAME", help="refuse packets of any other method")
@@ -110,6 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
             listen_tls_creds=arguments.listen_tls_creds,
             connect_tls_creds=arguments.connect_tls_creds,
             connect_tls_hostname=arguments.connect_tls_hostname,
+            rate=arguments.rate,
             observe=arguments.observe,
             timeout=arguments.timeout or DEFAULT_TIMEOUT,
             crew=arguments.crew,

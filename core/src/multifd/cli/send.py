@@ -13,6 +13,7 @@ from multifd.cli.options import (
     observe_option,
     plugin_options,
     progress_option,
+    rate_option,
     size,
     timeout_option,
     uuid,
@@ -28,6 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> Run:
     observe_option(parser)
     timeout_option(parser)
     progress_option(parser)
+    rate_option(parser)
     parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
     parser.add_argument("uri", metavar="URI", help=f"where the destination listens: {URI_HELP}")
     parser.add_argument(
@@ -90,6 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
             timeout=arguments.timeout or DEFAULT_TIMEOUT,
             tls_creds=arguments.tls_creds,
             tls_hostname=arguments.tls_hostname,
+            rate=arguments.rate,
             qmp=arguments.qmp,
             verify=not arguments.no_verify,
             observe=arguments.observe,

@@ -73,7 +73,7 @@ class Convergence:
     def _verdict(self, page_size: int, now: float, *, may_wait: bool) -> str:
         if may_wait and now - self._short_since >= HELD:
             return (
-                f"the source has sent rounds of less than {SHORT:g} s for {now - self._short_since:.0f} s, and does not "
+                f"the source sends rounds of less than {SHORT:g} s for {now - self._short_since:.0f} s, and does not "
                 "stop its guest: it may wait for switchover-ack: turn that capability off at the source, or on at its "
                 "destination too; for a snapshot, receive with --qmp"
             )

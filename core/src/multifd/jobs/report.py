@@ -17,8 +17,8 @@ class Result:
     size; `seconds` run from the first connection to the confirmation.  `statistics` is what the
     compressor counted: packets by the way they took, empty where there is but one.  `digest` is the manifest digest of
     the snapshot that was received, or that all that was sent was checked against.  `standstill` are the seconds that a
-    guest which ran stood still, where its monitor was there to tell: from when its QEMU stopped it until it went on, or,
-    where it did not, until the migration had ended.
+    guest which ran stood still, where its monitor was there to tell: from when its QEMU stopped it until it went on,
+    or, where it did not, until the migration had ended.
     """
 
     seconds: float

@@ -19,6 +19,7 @@ from contextlib import suppress
 from multifd.errors import os_errors
 from multifd.net.connection import MAIN_READ, Ended, Lost, Stalled
 from multifd.net.deadline import Silence
+from multifd.net.rate import Pace
 from multifd.net.wake import Wake
 from multifd.wire.packet import Buffer
 
@@ -35,6 +36,8 @@ class SocketConnection:
         self.address = ""
         self.bytes_read = 0
         self.bytes_written = 0
+        #: How fast is written; None is as fast as the other side takes it.
+        self.pace: Pace | None = None
         self._socket = sock
         self._waiting: dict[Wake, select.poll] = {}
         self._reset = False
@@ -99,7 +102,10 @@ class SocketConnection:
     def splice_out(self, pipe: int, count: int) -> None:
         """Write so many bytes, which are in a pipe."""
         while count:
-            count -= self._write(os.splice, pipe, self._socket.fileno(), count)
+            step = count if self.pace is None else self.pace.next_step(count, self._silence)
+            count -= step
+            while step:
+                step -= self._write(os.splice, pipe, self._socket.fileno(), step)
 
     def _read(self, due: bool, action: Callable[..., int], *arguments: object) -> int:
         """Bytes that came by an action of the kernel's, 0 at the end.  Raises Stalled, HostError."""
@@ -133,6 +139,10 @@ class SocketConnection:
                 return count
 
     def write(self, buffers: Sequence[Buffer]) -> None:
+        for piece in (buffers,) if self.pace is None else self.pace.steps(buffers, self._silence):
+            self._write_all(piece)
+
+    def _write_all(self, buffers: Sequence[Buffer]) -> None:
         count = self._send(buffers[:IOV_MAX])
         if count == sum(map(len, buffers)):
             return
@@ -198,6 +208,8 @@ class SocketConnection:
                 self._socket.settimeout(None)
 
     def interrupt(self, *, reading_only: bool = False) -> None:
+        if self.pace is not None and not reading_only:
+            self.pace.interrupt()
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RD if reading_only else socket.SHUT_RDWR)
 

@@ -85,9 +85,9 @@ def receive(
     end, the migration is started, and after it the guest is left as `then` says: `stop`,
     `resume` or `quit`; where it fails, a guest that ran goes on.  `stop_after`, `30s` or `5rounds`, ends the migration
     of a guest that writes memory faster than the link carries it: at the end of the round of RAM that is under way so
-    long after the beginning, or after so many rounds, QEMU stops the guest and sends what is left.  `observe` are those that look on,
-    each `NAME[=ARG]` (`multifd.observe.hooks`).  What a callback raises fails the job.  `crew` is a new Crew, whose
-    `cancel` ends the job from any thread.
+    long after the beginning, or after so many rounds, QEMU stops the guest and sends what is left.  `observe` are
+    those that look on, each `NAME[=ARG]` (`multifd.observe.hooks`).  What a callback raises fails the job.  `crew` is a
+    new Crew, whose `cancel` ends the job from any thread.
     Raises UsageError, CallerError, HostError, PeerError, CompressorError, Cancelled.
     """
     check_page_size(page_size)

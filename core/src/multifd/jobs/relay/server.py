@@ -64,6 +64,7 @@ class Relay:
         listen_tls_creds: str | Path | None = None,
         connect_tls_creds: str | Path | None = None,
         connect_tls_hostname: str | None = None,
+        rate: int | None = None,
         observe: Sequence[str] = (),
         timeout: float = DEFAULT_TIMEOUT,
         crew: Crew | None = None,
@@ -81,7 +82,8 @@ class Relay:
         and newer with fresh memory; towards uadk in the first round only, since QEMU's clears no page
         that came before.  `listen_tls_creds` and `connect_tls_creds` are directories of
         certificates as `multifd.net.tls` wants them, for either leg, plain without; `connect_tls_hostname` is
-        what the destination's has to name where that is not `to_uri`'s host.  `timeout`, in seconds, is how
+        what the destination's has to name where that is not `to_uri`'s host.  `rate` is the most that is written to
+        the destination in a second, in bytes, over all connections together.  `timeout`, in seconds, is how
         long nothing may move while somebody waits.  `observe` are those that look on, each `NAME[=ARG]`
         (`multifd.observe.hooks`): at what came from the source and at what went to the destination.  `crew` is a new
         Crew, whose `cancel` is as `stop`.
@@ -101,7 +103,7 @@ class Relay:
         if to is not None and (to != source or to in RESERVED or find_zero_pages):
             choice = Choice.parse(to, bytes)
         log.debug(f"payloads are written by {choice}" if choice is not None else "payloads pass as they are")
-        wrap = connecting_wrap(connect_tls_creds, connect_tls_hostname, target)
+        wrap = connecting_wrap(connect_tls_creds, connect_tls_hostname, target, rate)
         readers = Readers.parse(source)
         observers = Observers(observe)
         self._plan = Plan(

@@ -45,6 +45,7 @@ def send(
     timeout: float = DEFAULT_TIMEOUT,
     tls_creds: str | Path | None = None,
     tls_hostname: str | None = None,
+    rate: int | None = None,
     qmp: str | None = None,
     verify: bool = True,
     observe: Sequence[str] = (),
@@ -65,7 +66,8 @@ def send(
     destination (for snapshots); `none`, as normal pages.  `sync` is `round` or `section`, what the
     destination's machine type wants; the source's own unless given, and so is `uuid`, 16 bytes.
     `tls_creds` is a directory of certificates as `multifd.net.tls` wants them, `tls_hostname`
-    what the destination's has to name where that is not `uri`'s host; plain without.  `qmp` is the monitor of the
+    what the destination's has to name where that is not `uri`'s host; plain without.  `rate` is the most that is
+    written in a second, in bytes, over all connections together.  `qmp` is the monitor of the
     destination's QEMU, started with `-incoming defer`: its settings are made to fit, it is told to
     listen at `uri`, and its version and uuid are asked.  `verify` checks what is read of a snapshot against its
     digests, where it has any, as it is read, and the device state before.
@@ -86,7 +88,7 @@ def send(
     sync = sync or source.sync
     if zero_pages not in ZERO_PAGES or sync not in SYNC_MODES:
         raise UsageError(f"zero_pages {zero_pages!r} or sync {sync!r} is none of {ZERO_PAGES}, {SYNC_MODES}")
-    wrap = connecting_wrap(tls_creds, tls_hostname, target)
+    wrap = connecting_wrap(tls_creds, tls_hostname, target, rate)
     choice = Choice.parse(compressor, partial(_sample, source), page_size)
     why = "as asked" if asked else "right for every destination" if zero_pages == "legacy" else "an image's default"
     log.debug(f"compressor {choice}; zero pages {zero_pages}: {why}; a sync point per {sync}")
