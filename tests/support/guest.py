@@ -1,4 +1,4 @@
-"""A running Linux guest that checks its own memory and prints a heartbeat."""
+"""A running Linux guest that prints a heartbeat: it checks its own memory, or rewrites it, or does next to nothing."""
 
 from __future__ import annotations
 
@@ -26,6 +26,31 @@ done
 """
 
 
+#: One line per beat: 24 MiB of memory have been written again, in place, as fast as it goes.
+REWRITES = """#!/busybox sh
+/busybox mount -t tmpfs none /tmp
+/busybox dd if=/dev/urandom of=/tmp/data bs=1M count=8 2>/dev/null
+beat=0
+while :; do
+    beat=$((beat + 1))
+    for at in 0 8 16; do
+        /busybox dd if=/tmp/data of=/tmp/copy bs=1M seek=$at conv=notrunc 2>/dev/null
+    done
+    echo "beat $beat"
+done
+"""
+
+#: A line three times a second.
+IDLES = """#!/busybox sh
+beat=0
+while :; do
+    beat=$((beat + 1))
+    echo "beat $beat"
+    /busybox sleep 0.3
+done
+"""
+
+
 def files() -> Path:
     """The directory with `vmlinuz` and `busybox`."""
     return fetch("get_qemu.py", FETCHED, "guest")
@@ -38,7 +63,7 @@ def _entry(name: str, mode: int, data: bytes = b"", device: tuple[int, int] = (0
     return head + bytes(-len(head) % 4) + data + bytes(-len(data) % 4)
 
 
-def initrd(folder: Path) -> Path:
+def initrd(folder: Path, program: str) -> Path:
     """The initial RAM disk with busybox and the program."""
     busybox = (files() / "busybox").read_bytes()
     archive = b"".join(
@@ -49,7 +74,7 @@ def initrd(folder: Path) -> Path:
             _entry("dev/null", 0o020666, device=(1, 3)),
             _entry("dev/urandom", 0o020666, device=(1, 9)),
             _entry("busybox", 0o100755, busybox),
-            _entry("init", 0o100755, INIT.encode()),
+            _entry("init", 0o100755, program.encode()),
             _entry("TRAILER!!!", 0),
         )
     )
@@ -58,11 +83,11 @@ def initrd(folder: Path) -> Path:
     return path
 
 
-def options(folder: Path, serial: Path) -> list[str]:
-    """What QEMU is started with; `serial` is where the guest's lines go."""
+def options(folder: Path, serial: Path, program: str = INIT) -> list[str]:
+    """What QEMU is started with; `serial` is where the guest's lines go.  One program for each folder."""
     path = folder / "initrd"
     return [
-        *("-kernel", str(files() / "vmlinuz"), "-initrd", str(path if path.exists() else initrd(folder))),
+        *("-kernel", str(files() / "vmlinuz"), "-initrd", str(path if path.exists() else initrd(folder, program))),
         *("-append", "console=ttyS0 quiet panic=-1 mitigations=off", "-serial", f"file:{serial}"),
     ]
 
