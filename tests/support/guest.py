@@ -88,7 +88,7 @@ def options(folder: Path, serial: Path, program: str = INIT) -> list[str]:
     path = folder / "initrd"
     return [
         *("-kernel", str(files() / "vmlinuz"), "-initrd", str(path if path.exists() else initrd(folder, program))),
-        *("-append", "console=ttyS0 quiet panic=-1 mitigations=off", "-serial", f"file:{serial}"),
+        *("-append", "console=ttyS0 quiet panic=-1 mitigations=off idle=poll", "-serial", f"file:{serial}"),
     ]
 
 
