@@ -9,6 +9,7 @@ import pytest
 
 import peers
 import streams
+from commands import fails
 
 ACK = b"\0\x07\0\0"
 
@@ -49,3 +50,10 @@ def test_not_where_nobody_listens(work: Path) -> None:
     there = peers.Receiving(work / "snap", channels=len(stream.channels))
     assert peers.play(there.uri, [stream.main, *stream.channels], 1 << 20, dies=True) == b""
     there.join()
+
+
+def test_when_a_guest_is_stopped_is_usage(work: Path) -> None:
+    receive = ("receive", f"unix:{work}/here", "-o", work / "snap")
+    fails(2, r"say where that is, too \(--qmp\)", *receive, "--stop-after", "30s")
+    for words in ("soon", "0s", "5", "1.5rounds"):
+        fails(2, "write 30s or 5rounds", *receive, "--qmp", work / "nobody", "--stop-after", words)

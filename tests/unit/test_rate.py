@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 
 import pytest
 
 from multifd.errors import Cancelled, UsageError
+from multifd.net.connection import Lost
 from multifd.net.deadline import Silence
 from multifd.net.rate import CATCH_UP, LEAST, Pace, Rate
+from multifd.net.socket import SocketConnection
 
 
 class Time:
@@ -93,3 +96,16 @@ def test_a_wait_is_ended_at_once(how: str) -> None:
     assert time.monotonic() - began < 5
     while threading.active_count() > 1:
         time.sleep(0.01)
+
+
+def test_a_connection_that_is_interrupted_waits_no_more() -> None:
+    here, there = socket.socketpair()
+    connection = SocketConnection(here, "test", Silence(30))
+    connection.pace = Pace(Rate(1))
+    timer = threading.Timer(0.2, connection.interrupt)
+    timer.start()
+    with pytest.raises(Lost):
+        connection.write([bytes(3 * LEAST)])
+    timer.join()
+    connection.close()
+    there.close()
