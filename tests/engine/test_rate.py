@@ -7,6 +7,7 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,7 +52,7 @@ def test_relay(work: Path, either: Path | None, to: str | None) -> None:
     for number in range(2):
         there = peers.Receiving(work / f"snap{number}", tls_creds=either)
         name = "localhost" if either else None
-        options = {"to": to, "rate": 6 * MIB, "connect_tls_creds": either, "connect_tls_hostname": name}
+        options: dict[str, Any] = {"to": to, "rate": 6 * MIB, "connect_tls_creds": either, "connect_tls_hostname": name}
         with closing(Relaying(there.uri, **options)) as relaying:
             began = time.monotonic()
             multifd.send(work / "image.raw", relaying.uri)

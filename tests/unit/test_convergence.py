@@ -126,7 +126,7 @@ def test_passes_are_told_by_offsets() -> None:
     passes = Passes()
 
     def ended(ramblock: str, *offsets: int, zero: bool = False) -> int:
-        passes.add(RamPacket(ramblock=ramblock, **{"zero" if zero else "normal": offsets}))
+        passes.add(RamPacket(ramblock=ramblock, normal=() if zero else offsets, zero=offsets if zero else ()))
         return passes.ended
 
     assert [ended("ram", 0, 1), ended("ram", 2, 3), ended("vga", 0), ended("rom", 0)] == [0, 0, 0, 0]
