@@ -22,10 +22,11 @@ LINK = 10_000.0
 class Source:
     """Sends rounds over a link, with a sync point per round or, as QEMU 7.2, per section of 50 ms."""
 
-    def __init__(self, *, sections: bool = False, may_wait: bool = False, link: float = LINK) -> None:
+    def __init__(self, *, sections: bool = False, may_wait: bool = False, twice: bool = False) -> None:
+        """Where `twice`, each round is followed by one of no page, as QEMU 10.0's are where downtime-limit is small."""
         self._sections = sections
         self._may_wait = may_wait
-        self._link = link
+        self._twice = twice
         self._convergence = Convergence()
         self.now = 1000.0
         self._passes = -1
@@ -44,16 +45,19 @@ class Source:
         """One of so many pages, which takes so long at least."""
         left = int(pages)
         self._passes += left > 0
-        step = int(self._link * 0.05) if self._sections else max(left, 1)
-        self.now += max(0.0, least - left / self._link)
+        step = int(LINK * 0.05) if self._sections else max(left, 1)
+        self.now += max(0.0, least - left / LINK)
         while True:
             sent = min(left, step)
             self._pages += sent
-            self.now += sent / self._link
+            self.now += sent / LINK
             left -= sent
             self._sync_point()
             if not left:
                 break
+        if self._twice and pages:
+            self.now += 0.001
+            self._sync_point()
         self.rounds += 1
 
 
@@ -64,16 +68,16 @@ def all_of(source: Source, rounds: Iterable[float], least: float = 0.0) -> list[
     return [text for _, text in source.said]
 
 
-@pytest.mark.parametrize("sections", [False, True])
+@pytest.mark.parametrize(("sections", "twice"), [(False, False), (False, True), (True, False)])
 @pytest.mark.parametrize("wobble", [0, 0.1])
-def test_a_guest_that_writes_as_fast_as_it_is_carried(sections: bool, wobble: float) -> None:
-    source = Source(sections=sections)
+def test_a_guest_that_writes_as_fast_as_it_is_carried(sections: bool, twice: bool, wobble: float) -> None:
+    source = Source(sections=sections, twice=twice, may_wait=twice)
     said = all_of(source, (7000 * (1 + wobble * (number % 3 - 1)) for number in range(100)))
     assert len(said) == 1, "once"
     assert "as fast as it is carried: each of the last 12 rounds was of some 2" in said[0]
     assert "--stop-after" in said[0]
     assert "max-bandwidth" in said[0]
-    assert ROUNDS < source.said[0][0] < ROUNDS + 8, "soon"
+    assert ROUNDS <= source.said[0][0] < ROUNDS + 8, "soon"
 
 
 def shrinking(first: float, by: float, until: float) -> Iterator[float]:
@@ -181,8 +185,6 @@ def test_a_guest_is_stopped_at_the_end_of_a_round() -> None:
     looks = [(1, 0), (9, 1), (10, 1), (11, 1), (12, 2)]
     assert [stopping.now(*look) for look in looks] == [False, False, False, False, True]
     assert stopping.now(12.1, 3), "nobody has seen to it yet"
-    stopping.done = True
-    assert not stopping.now(13, 4)
 
 
 def test_a_guest_is_stopped_after_so_many_rounds() -> None:

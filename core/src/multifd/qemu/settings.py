@@ -48,9 +48,9 @@ class Settings:
 
     def change(self, name: str, value: object) -> None:
         """One parameter more.  Raises PeerError where QEMU does not take it."""
-        current = self._monitor.ask("query-migrate-parameters", read_parameters)
+        before = self._monitor.ask("query-migrate-parameters", lambda answer: read_parameters(answer)[name])
         self._set({}, {name: value})
-        self._parameters.setdefault(name, current[name])
+        self._parameters.setdefault(name, before)
 
     def restore(self) -> None:
         """Put back what was changed.  Warns of what QEMU refuses; one that has gone needs nothing."""

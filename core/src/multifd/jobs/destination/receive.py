@@ -152,7 +152,9 @@ def receive(
                     driver.start(str(listener.uri))
                     cleanup.enter_context(crew.every(WAITS, partial(_watch, driver, silence, job)))
                     if stopping is not None:
-                        cleanup.enter_context(crew.every(LOOKS, partial(_stop, driver, stopping, time.monotonic())))
+                        cleanup.enter_context(
+                            crew.every(LOOKS, partial(_stop, driver, stopping, job, time.monotonic()))
+                        )
                 job.party = meet(door, crew, channels or DEFAULT_CHANNELS, uuid, silence, first_timeout)
                 door.close()
             observed.enter_context(observers.migration(IN))
@@ -196,8 +198,10 @@ def _tell_disks(disks: Sequence[Disk], then: str) -> None:
         log.info(f"the guest's disks are not in the snapshot: keep them with it as they are now: {named(disks)}")
 
 
-def _stop(driver: Source, stopping: Stopping, started: float) -> None:
+def _stop(driver: Source, stopping: Stopping, job: Migration, started: float) -> None:
     """Let the guest be stopped where this is the moment.  Raises PeerError where QEMU does not do that."""
+    if stopping.done or not job.unfinished:
+        return
     with suppress(Stalled):  # it is blocked writing to us
         if stopping.now(time.monotonic() - started, driver.status(BRIEF).rounds - 1):
             log.debug("the guest is stopped now: what is left is sent while it stands still")

@@ -35,11 +35,11 @@ class Stopping:
     def __init__(self, after: StopAfter) -> None:
         self._after = after
         self._seen = 0
-        #: Set by who has seen to it: there is no second moment.
+        #: Set by whoever has seen to it: there is no second moment.
         self.done = False
 
     def now(self, seconds: float, ended: int) -> bool:
         """Whether this is it: the migration has lasted so long, and so many rounds of RAM have ended."""
         just_ended = ended > self._seen
         self._seen = max(self._seen, ended)
-        return not self.done and just_ended and seconds >= self._after.seconds and ended >= self._after.rounds
+        return just_ended and seconds >= self._after.seconds and ended >= self._after.rounds
