@@ -136,11 +136,11 @@ def test_a_source_that_cannot_be_told_what_to_do_then(
 def test_receive_that_is_interrupted_leaves_the_source_as_it_was(start: Start, work: Path, number: int) -> None:
     source = start("10.0", "source")
     source.fill(content())
-    source.monitor.command("migrate-set-parameters", max_bandwidth=1_000_000)
     source.monitor.command("cont")
     before = settings(source)
     source.monitor.close()
     command = ["receive", f"unix:{work}/here", "-o", str(work / "snap"), "--qmp", str(work / "source.qmp")]
+    command += ["--max-bandwidth", "1000000"]
     with subprocess.Popen([sys.executable, "-m", "multifd", *command], stderr=subprocess.PIPE, text=True) as receiving:
         assert peers.eventually(lambda: bool(list(work.glob(".snap.*.partial"))))
         receiving.send_signal(number)

@@ -63,6 +63,19 @@ def test_a_running_guest_is_captured_and_restored(start: Start, work: Path) -> N
 
 
 @pytest.mark.timeout(300)
+def test_a_running_guest_whose_source_waits_for_a_destination(start: Start, work: Path) -> None:
+    """switchover-ack: QEMU 10.0 sends round after round until somebody says that he is ready."""
+    linux = Guest(start, work)
+    linux.qemu.prepare(return_path=True, switchover_ack=True)
+    linux.qemu.monitor.close()
+    multifd.receive(f"unix:{work}/here", work / "snap", "zstd", qmp=str(work / "first.qmp"), timeout=60)
+    linux.qemu.reconnect()
+    assert {"capability": "switchover-ack", "state": True} in linux.qemu.monitor.command("query-migrate-capabilities")
+    linux.qemu.monitor.command("cont")
+    linux.beats(3)
+
+
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("relays", [1, 2])
 def test_a_running_guest_moves_through_relays(start: Start, work: Path, relays: int) -> None:
     """With one: none to zlib.  With two: none to zstd to none, for QEMUs that have no compression."""

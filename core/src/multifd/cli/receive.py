@@ -57,6 +57,12 @@ def configure(parser: argparse.ArgumentParser) -> Run:
         metavar="30s|5rounds",
         help="with --qmp: stop a guest that still runs then, at the end of a round of RAM, and send what is left",
     )
+    parser.add_argument(
+        "--max-bandwidth",
+        type=size,
+        metavar="SIZE",
+        help="with --qmp: the most bytes per second that QEMU sends, with K, M or G (no limit)",
+    )
     return run
 
 
@@ -85,6 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
             qmp=arguments.qmp,
             then=arguments.then,
             stop_after=arguments.stop_after,
+            max_bandwidth=arguments.max_bandwidth,
             observe=arguments.observe,
             on_listening=lambda uri: say(f"listening on {uri}"),
             on_progress=line.show,

@@ -14,7 +14,7 @@ from multifd.log import log
 from multifd.net.connection import Ended, Lost, Stalled
 from multifd.qemu.disks import read_disks
 from multifd.qemu.monitor import BRIEF, REASON, Monitor, of, shown
-from multifd.qemu.settings import OFF, Settings, read_capabilities
+from multifd.qemu.settings import OFF, UNLIMITED, Settings, read_capabilities, read_parameters
 from multifd.qemu.states import (
     AGAIN,
     RESTING,
@@ -23,6 +23,8 @@ from multifd.qemu.states import (
     Obstacle,
     destination_obstacle,
     leftover,
+    mode_effect,
+    mode_obstacle,
     source_obstacle,
 )
 from multifd.snapshot.disks import Disk
@@ -163,19 +165,33 @@ class Source(_Side):
     """A QEMU whose guest is to be sent."""
 
     def __init__(
-        self, where: str, *, channels: int, method: str | None, timeout: float, crew: Crew | None = None
+        self,
+        where: str,
+        *,
+        channels: int,
+        method: str | None,
+        timeout: float,
+        max_bandwidth: int = UNLIMITED,
+        crew: Crew | None = None,
     ) -> None:
-        """Set it up: `method` is the compression, its own unless given.
+        """Set it up: `method` is the compression, its own unless given; `max_bandwidth`, in bytes per second, is the
+        most that it sends.
 
         Raises HostError, and PeerError: where its guest cannot be migrated now, nothing is changed.
         """
-        parameters: dict[str, object] = {"multifd-channels": channels}
+        parameters: dict[str, object] = {"multifd-channels": channels, "max-bandwidth": max_bandwidth}
         if method is not None:
             parameters["multifd-compression"] = method
         super().__init__(where, {"multifd": True, "return-path": True}, parameters, timeout, crew)
 
     def _obstacle(self, guest: Guest, migration: Migration) -> Obstacle | None:
-        return source_obstacle(guest, migration)
+        if obstacle := source_obstacle(guest, migration):
+            return obstacle
+        parameters = self.monitor.ask("query-migrate-parameters", read_parameters)
+        if effect := mode_effect(parameters):
+            self._warn(f"{self.monitor.name} {effect.what}: {effect.remedy}")
+        # QEMU 11.1 aborts where it is told to migrate to a URI in mode cpr-transfer.
+        return mode_obstacle(parameters)
 
     def start(self, uri: str) -> None:
         """Begin to send to `uri`.  Raises PeerError."""

@@ -88,6 +88,9 @@ class Obstacle:
 
 #: Capabilities that a job needs.
 OURS = ("multifd", "return-path", "events")
+#: Parameter `mode` of a migration whose memory comes as in any other.
+STOPPING = "cpr-reboot"
+NORMAL_MODE = "on its monitor: migrate_set_parameter mode normal"
 AGAIN = "start it again, with -incoming defer"
 
 
@@ -119,6 +122,24 @@ def destination_obstacle(guest: Guest, migration: Migration) -> Obstacle | None:
     if migration.status not in ("none", "setup"):
         return Obstacle(f"has a migration coming in already ({shown(migration.status)})", AGAIN)
     return None
+
+
+def mode_obstacle(parameters: Mapping[str, Any]) -> Obstacle | None:
+    """Why no stream with the guest's memory comes of a migration, by its parameter `mode`; 8.1 and older have none."""
+    mode = parameters.get("mode", "normal")
+    if mode in ("normal", STOPPING):
+        return None
+    return Obstacle(
+        f"has mode {shown(mode)}, which hands the guest's memory to another QEMU of its host, over no connection",
+        NORMAL_MODE,
+    )
+
+
+def mode_effect(parameters: Mapping[str, Any]) -> Obstacle | None:
+    """What parameter `mode` changes in a migration that works."""
+    if parameters.get("mode") != STOPPING:
+        return None
+    return Obstacle(f"has mode {STOPPING}: its guest stands still from the beginning", NORMAL_MODE)
 
 
 def leftover(migration: Migration, capabilities: Mapping[str, bool]) -> Obstacle | None:

@@ -30,6 +30,7 @@ from multifd.observe.hooks import IN
 from multifd.observe.observers import Observers
 from multifd.qemu.driver import THEN, Source
 from multifd.qemu.monitor import BRIEF
+from multifd.qemu.settings import UNLIMITED
 from multifd.snapshot.directory import Access
 from multifd.snapshot.disks import Disk, named
 from multifd.snapshot.writer import check_free
@@ -60,6 +61,7 @@ def receive(
     qmp: str | None = None,
     then: str = "stop",
     stop_after: str | None = None,
+    max_bandwidth: int | None = None,
     observe: Sequence[str] = (),
     on_listening: Callable[[str], None] | None = None,
     on_progress: OnProgress | None = None,
@@ -85,9 +87,10 @@ def receive(
     end, the migration is started, and after it the guest is left as `then` says: `stop`,
     `resume` or `quit`; where it fails, a guest that ran goes on.  `stop_after`, `30s` or `5rounds`, ends the migration
     of a guest that writes memory faster than the link carries it: at the end of the round of RAM that is under way so
-    long after the beginning, or after so many rounds, QEMU stops the guest and sends what is left.  `observe` are
-    those that look on, each `NAME[=ARG]` (`multifd.observe.hooks`).  What a callback raises fails the job.  `crew` is a
-    new Crew, whose `cancel` ends the job from any thread.
+    long after the beginning, or after so many rounds, QEMU stops the guest and sends what is left.  `max_bandwidth` is
+    the most that QEMU sends, in bytes per second; None for no limit, whatever it has of its own.  `observe` are those
+    that look on, each `NAME[=ARG]` (`multifd.observe.hooks`).  What a callback raises fails the job.  `crew` is a new
+    Crew, whose `cancel` ends the job from any thread.
     Raises UsageError, CallerError, HostError, PeerError, CompressorError, Cancelled.
     """
     check_page_size(page_size)
@@ -96,6 +99,8 @@ def receive(
     stopping = Stopping(StopAfter.parse(stop_after)) if stop_after is not None else None
     if stopping is not None and qmp is None:
         raise UsageError("only over its monitor can a guest be stopped: say where that is, too (--qmp)")
+    if max_bandwidth is not None and not (qmp is not None and 0 < max_bandwidth <= UNLIMITED):
+        raise UsageError(f"max_bandwidth {max_bandwidth}: at least 1 byte per second, and only with qmp (--qmp)")
     where = Uri.parse(uri)
     if where.scheme == "unix":
         where = Uri("unix", path=os.path.abspath(where.path))  # QEMU may be elsewhere
@@ -129,7 +134,10 @@ def receive(
             channels = DEFAULT_CHANNELS if channels is None else channels
             check_channels(channels)
             if qmp is not None:
-                driver = Source(qmp, channels=channels, method=readers.method, timeout=timeout, crew=crew)
+                limit = max_bandwidth or UNLIMITED
+                driver = Source(
+                    qmp, channels=channels, method=readers.method, timeout=timeout, max_bandwidth=limit, crew=crew
+                )
                 cleanup.enter_context(driver)
                 cleanup.push(driver.recover)
                 job.ask_disks = driver.disks
