@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
+import peers
 from commands import run
 from examples import examples
-from multifd.jobs.doctor import compare, examine
+from multifd.jobs.doctor.compare import advise, compare
+from multifd.jobs.doctor.side import Side, examine
 from multifd.qemu.monitor import Monitor
-from qemus import Start
+from qemus import Qemu, Start
 
 
 def differences(start: Start, source: dict[str, Any], destination: dict[str, Any]) -> list[str]:
@@ -68,7 +70,11 @@ MISTAKES = [
         {},
         [
             "multifd is off on the source: on the source's monitor: migrate_set_capability multifd on",
-            "postcopy-ram is on on the source: on the source's monitor: migrate_set_capability postcopy-ram off",
+            (
+                "postcopy-ram is on on the source only: a destination without it refuses the stream: on the source's "
+                "monitor: "
+                "migrate_set_capability postcopy-ram off"
+            ),
         ],
     ),
     (
@@ -99,15 +105,315 @@ def test_what_would_fail(
         assert found == expected
 
 
-def test_a_good_pair_of_different_releases(start: Start) -> None:
-    old = {"machine": "pc-q35-7.2"}
-    assert differences(start, old | {"release": "7.2"}, dict(old)) == []
+#: Capabilities that are on besides multifd and return-path, and the parameter `mode`, of a source whose guest runs, and
+#: of a destination: what would fail, and what else is said.
+SETTINGS: list[tuple[str, str, list[str], list[str]]] = [
+    ("", "return-path", [], []),
+    ("validate-uuid late-block-activate auto-converge", "validate-uuid", [], []),
+    (
+        "x-ignore-shared",
+        "",
+        ["x-ignore-shared is on on the source: on the source's monitor: migrate_set_capability x-ignore-shared off"],
+        [],
+    ),
+    (
+        "",
+        "x-ignore-shared",
+        [
+            (
+                "x-ignore-shared is on on the destination: on the destination's monitor: migrate_set_capability "
+                "x-ignore-shared off"
+            )
+        ],
+        [],
+    ),
+    (
+        "mapped-ram",
+        "",
+        ["mapped-ram is on on the source: on the source's monitor: migrate_set_capability mapped-ram off"],
+        [],
+    ),
+    (
+        "postcopy-ram",
+        "",
+        [
+            (
+                "postcopy-ram is on on the source only: a destination without it refuses the stream: on the source's "
+                "monitor: migrate_set_capability postcopy-ram off"
+            )
+        ],
+        ["postcopy-ram is on on the source: a relay cannot take that"],
+    ),
+    ("postcopy-ram", "postcopy-ram", [], ["postcopy-ram is on on the source: a relay cannot take that"]),
+    ("", "postcopy-ram", [], []),
+    (
+        "postcopy-ram postcopy-preempt",
+        "postcopy-ram postcopy-preempt",
+        [
+            (
+                "postcopy-preempt is on on the source: with multifd such a migration never ends: on the source's "
+                "monitor: "
+                "migrate_set_capability postcopy-preempt off"
+            )
+        ],
+        ["postcopy-ram is on on the source: a relay cannot take that"],
+    ),
+    ("dirty-bitmaps", "", [], ["dirty-bitmaps is on on the source: a relay cannot take that"]),
+    ("", "dirty-bitmaps", [], []),
+    (
+        "dirty-bitmaps",
+        "postcopy-ram",
+        [
+            (
+                "dirty-bitmaps is on on the source, and postcopy-ram on the destination only: it refuses the stream: "
+                "on the "
+                "destination's monitor: migrate_set_capability postcopy-ram off"
+            )
+        ],
+        ["dirty-bitmaps is on on the source: a relay cannot take that"],
+    ),
+    (
+        "switchover-ack",
+        "",
+        [
+            (
+                "switchover-ack is on on the source only: while its guest runs it waits for the destination's word "
+                "for ever: "
+                "on the source's monitor: migrate_set_capability switchover-ack off, or on the destination's monitor: "
+                "migrate_set_capability switchover-ack on"
+            )
+        ],
+        [],
+    ),
+    ("switchover-ack", "return-path switchover-ack", [], []),
+    ("", "return-path switchover-ack", [], []),
+    (
+        "pause-before-switchover",
+        "pause-before-switchover",
+        [],
+        ["pause-before-switchover is on on the source: it will wait in pre-switchover, its guest stopped"],
+    ),
+    (
+        "mode=cpr-transfer",
+        "",
+        [
+            (
+                "the source has mode cpr-transfer, which hands the guest's memory to another QEMU of its host, over no "
+                "connection: on its monitor: migrate_set_parameter mode normal"
+            )
+        ],
+        [],
+    ),
+    ("mode=cpr-reboot", "", [], ["the source has mode cpr-reboot: its guest stands still from the beginning"]),
+]
 
 
-def test_a_good_pair_the_other_way(start: Start) -> None:
-    """A new QEMU with an old machine type sends what the old one reads."""
-    old = {"machine": "pc-q35-7.2"}
-    assert differences(start, dict(old), old | {"release": "7.2"}) == []
+def put(qemu: Qemu, words: str, *, on: bool) -> None:
+    """Capabilities on or off, and `mode=`."""
+    names = [word for word in words.split() if "=" not in word]
+    qemu.monitor.command("migrate-set-capabilities", capabilities=[{"capability": name, "state": on} for name in names])
+    if "mode=" in words:
+        qemu.monitor.command("migrate-set-parameters", mode=words.partition("mode=")[2] if on else "normal")
+
+
+def told(source: Side, destination: Side) -> tuple[list[str], list[str]]:
+    """The troubles in whole lines, and what the advice is about."""
+    troubles = [f"{trouble.what}: {trouble.remedy}" for trouble in compare(source, destination)]
+    return troubles, [one.what for one in advise(source, destination)]
+
+
+def test_settings_that_do_not_go_together(start: Start) -> None:
+    source = start("11.1", "source", machine="pc-q35-10.0")
+    destination = start("11.1", "destination", machine="pc-q35-10.0", incoming=True)
+    source.prepare(return_path=True)
+    destination.prepare()
+    source.monitor.command("cont")
+    for ours, theirs, troubles, advice in SETTINGS:
+        put(source, ours, on=True)
+        put(destination, theirs, on=True)
+        found = told(examine(source.monitor), examine(destination.monitor))
+        assert found == (troubles, advice), (
+            f"{ours or 'nothing'} on the source, {theirs or 'nothing'} on the destination"
+        )
+        put(source, ours, on=False)
+        put(destination, theirs, on=False)
+
+
+def test_switchover_ack_where_nobody_waits_for_it(start: Start) -> None:
+    """A guest that stands still, a machine type whose devices ask for it themselves, a source too old to know it."""
+    sides = []
+    for release, name, machine in (
+        ("10.0", "paused", "pc-q35-7.2"),
+        ("11.1", "new", "pc-q35-11.1"),
+        ("11.1", "there", "pc-q35-11.1"),
+        ("7.2", "old", "pc-q35-7.2"),
+        ("10.0", "destination", "pc-q35-7.2"),
+    ):
+        incoming = name in ("there", "destination")
+        qemu = start(release, name, machine=machine, incoming=incoming)
+        qemu.prepare(return_path=True)
+        if name not in ("old", "there"):
+            put(qemu, "switchover-ack", on=True)
+        if name == "new":
+            qemu.monitor.command("cont")
+        sides.append(examine(qemu.monitor))
+    paused, new, there, old, destination = sides
+    assert told(new, there) == ([], [])
+    assert told(paused, destination) == ([], [])
+    without = replace(destination, capabilities=destination.capabilities | {"switchover-ack": False})
+    assert told(paused, without) == (
+        [],
+        ["switchover-ack is on on the source only: if its guest ran, it would wait for the destination for ever"],
+    )
+    assert told(old, destination)[0] == [
+        (
+            "switchover-ack is on on the destination: a source before 8.1 does not know its word, and fails: on the "
+            "destination's monitor: migrate_set_capability switchover-ack off"
+        )
+    ]
+
+
+def test_block_migration(start: Start) -> None:
+    old = {"release": "7.2", "machine": "pc-q35-7.2"}
+    assert differences(start, old | {"set": {"block": True}}, {"machine": "pc-q35-7.2"}) == [
+        "block is on on the source: on the source's monitor: migrate_set_capability block off"
+    ]
+
+
+def disk(size: int) -> list[str]:
+    return ["-blockdev", f"null-co,node-name=d0,size={size},read-zeroes=on", "-device", "virtio-blk-pci,drive=d0,id=b0"]
+
+
+#: Much of what a guest can have: behind a bridge, on another bus than PCI, memory beside the main one.
+DEVICES = [
+    *("-m", "24M,slots=4,maxmem=1G", "-object", "memory-backend-ram,id=mem1,size=128M"),
+    *("-object", "memory-backend-ram,id=unused,size=16M", "-device", "pc-dimm,id=dimm1,memdev=mem1"),
+    *("-netdev", "hubport,hubid=0,id=n0", "-device", "virtio-net-pci,romfile=,netdev=n0,id=net0"),
+    *("-device", "pcie-root-port,id=port1,chassis=1", "-device", "virtio-rng-pci,bus=port1"),
+    *("-device", "qemu-xhci", "-device", "usb-tablet", *disk(1 << 20), "-smp", "2", "-cpu", "Nehalem"),
+]
+#: The same with a mistake each.
+MISTAKEN = [
+    *("-m", "24M,slots=5,maxmem=1G", "-object", "memory-backend-ram,id=mem2,size=128M"),
+    *("-device", "pc-dimm,id=dimm1,memdev=mem2,addr=0x110000000"),
+    *("-device", "e1000,romfile=,addr=1"),
+    *("-device", "pcie-root-port,id=port1,chassis=1,addr=2", "-device", "qemu-xhci,addr=3", *disk(1 << 19)),
+]
+
+
+def test_devices_that_differ(start: Start) -> None:
+    source = start("10.0", "source", more=DEVICES)
+    destination = start("11.1", "destination", machine="pc-q35-10.0", more=MISTAKEN, incoming=True)
+    for qemu in (source, destination):
+        qemu.prepare(return_path=True)
+    troubles, advice = told(examine(source.monitor), examine(destination.monitor))
+    same = "start the destination with the source's -device options"
+    assert troubles == [
+        "memory slots differ: 4 and 5: start the destination with -m ...,slots=4,maxmem=...",
+        (
+            "RAM block mem1 (128 MiB) is not on the destination (it has mem2 of that size): start the destination "
+            "with the "
+            "same memory and devices; the id of a -object memory-backend-... is its block's name"
+        ),
+        (
+            "the destination has no dimm of 128 MiB at 0x100000000: start the destination with the same -device, "
+            "slot= and "
+            "addr= included"
+        ),
+        f"the PCI devices at 00:01.0 differ: virtio-net-pci and e1000: {same}, addr= included",
+        (
+            f"the destination has no PCI device at 00:02.0/00.0, where the source has virtio-rng-pci: {same}, addr= "
+            f"included"
+        ),
+        f"the source has 1 of device usb-tablet, the destination 0: {same}",
+        (
+            "disk b0 has 1048576 bytes on the source, 524288 on the destination: give the destination the same disk, "
+            "or one "
+            "of that size"
+        ),
+        "the source has 2 processors, the destination 1: start the destination with the source's -smp",
+        (
+            "processors differ: Nehalem-x86_64-cpu and qemu64-x86_64-cpu: the guest may miss there what it has seen "
+            "here: "
+            "start the destination with the source's -cpu"
+        ),
+        (
+            "a destination of 11.1 refuses what QEMU 10.0 sends of a virtio queue that its guest has not set up: it "
+            "has not "
+            "run yet: let it boot first, or take QEMU 10.0 or 10.2 there"
+        ),
+    ]
+    assert advice == ["the destination has more than the source: dimm at 0x110000000: its guest does not know of it"]
+
+
+def test_a_memory_of_another_size(start: Start) -> None:
+    more = "-object", "memory-backend-ram,id=mem1,size={}M", "-device", "pc-dimm,memdev=mem1"
+    options = [{"more": ["-m", "24M,slots=1,maxmem=1G", *(word.format(size) for word in more)]} for size in (128, 256)]
+    assert differences(start, *options)[:1] == [
+        (
+            "RAM block mem1 differs: 128 MiB and 256 MiB: start the destination with the same sizes of memory, and "
+            "with the "
+            "same firmware"
+        )
+    ]
+
+
+def test_more_devices_than_the_source_has(start: Start) -> None:
+    """QEMU takes that."""
+    more = ["-device", "e1000,romfile=,addr=1", "-device", "qemu-xhci", "-device", "usb-tablet", "-smp", "2"]
+    source, destination = start("10.0", "source"), start("10.0", "destination", more=more, incoming=True)
+    for qemu in (source, destination):
+        qemu.prepare(return_path=True)
+    assert told(examine(source.monitor), examine(destination.monitor)) == (
+        [],
+        [
+            (
+                "the destination has more than the source: e1000 at 00:01.0, qemu-xhci at 00:02.0, usb-tablet, 2 "
+                "processors "
+                "for 1: its guest does not know of it"
+            )
+        ],
+    )
+
+
+@pytest.mark.parametrize(
+    ("machine", "releases"),
+    [("pc-q35-7.2", ["7.2", "10.0", "11.1"]), ("pc-q35-10.0", ["10.0", "11.1"]), ("pc-i440fx-7.2", ["7.2", "11.1"])],
+)
+def test_nothing_is_found_where_both_are_started_alike(start: Start, machine: str, releases: list[str]) -> None:
+    """Whatever they have, on each release, once the guest's firmware has run, and numbered the buses."""
+    devices = DEVICES if "q35" in machine else [word.replace("pcie-root-port", "pci-bridge") for word in DEVICES]
+    devices = [
+        word.replace("id=port1,chassis=1", "id=port1,chassis_nr=1") if "bridge" in word else word for word in devices
+    ]
+    sources, destinations = [], []
+    for release in releases:
+        source = start(release, f"source{release}", machine=machine, more=devices)
+        destination = start(release, f"destination{release}", machine=machine, more=devices, incoming=True)
+        for qemu in (source, destination):
+            qemu.prepare(return_path=True)
+        sources.append(source)
+        destinations.append(examine(destination.monitor))
+    for running in (False, True):
+        for source in sources:
+            if running:
+                source.monitor.command("cont")
+                assert peers.eventually(lambda: numbered(source.monitor.command("query-pci")))  # noqa: B023
+            ours = examine(source.monitor)
+            assert ours.untold == ()
+            for theirs in destinations:
+                troubles, advice = told(ours, theirs)
+                if ours.version[:2] == (10, 0) and theirs.version >= (11, 1):
+                    (queues,) = advice if running else troubles
+                    assert "refuses what QEMU 10.0 sends of a virtio queue that its guest has not set up" in queues
+                    assert not (troubles if running else advice)
+                else:
+                    assert (troubles, advice) == ([], []), f"{ours.version} to {theirs.version}"
+
+
+def numbered(buses: list[dict[str, Any]]) -> bool:
+    """Whether the bus behind the bridge has its number, and tells what is there."""
+    return any("devices" in device.get("pci_bridge", {}) for bus in buses for device in bus["devices"])
 
 
 def test_a_destination_that_does_not_wait(start: Start) -> None:
@@ -154,7 +460,7 @@ def test_on_the_command_line(start: Start, work: Path) -> None:
     assert "is QEMU's monitor listening there?" in nobody.stderr
 
 
-@pytest.mark.parametrize("where", ["multifd.jobs.doctor", "multifd.qemu.monitor"])
+@pytest.mark.parametrize("where", ["multifd.jobs.doctor.compare", "multifd.qemu.monitor"])
 def test_the_examples_run(
     start: Start, work: Path, where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

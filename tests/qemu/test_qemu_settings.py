@@ -142,7 +142,7 @@ def test_a_bandwidth_of_the_users_own(start: Start, work: Path, release: str) ->
     qemu.monitor.close()
     was = settings(qemu)
     receive = ("receive", f"unix:{work}/here", "--qmp", work / "source.qmp", "--json")
-    limited = run(*receive, "-o", work / "limited", "--max-bandwidth", "1M")
+    limited = run(*receive, "-o", work / "limited", "--max-bandwidth", "300K")
     assert limited.returncode == 0, limited.stderr
     assert json.loads(limited.stdout)["seconds"] > 1
     assert settings(qemu) == was

@@ -51,7 +51,7 @@ OLD = {
     "multifd.relay.Relayed": "multifd.jobs.relay.outcome.Relayed",
     "multifd.qmp.Monitor": "multifd.qemu.monitor.Monitor",
     "multifd.observers.Times": "multifd.observe.hooks.Times",
-    "multifd.doctor.compare": "multifd.jobs.doctor.compare",
+    "multifd.doctor.compare": "multifd.jobs.doctor.compare.compare",
 }
 
 

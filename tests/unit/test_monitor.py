@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ import pytest
 
 import peers
 from multifd.errors import MultifdError, PeerError
-from multifd.jobs.doctor import compare, describe, examine
+from multifd.jobs.doctor.compare import advise, compare
+from multifd.jobs.doctor.devices import PciDevice
+from multifd.jobs.doctor.memory import MemoryDevice, RamBlock
+from multifd.jobs.doctor.side import describe, examine
 from multifd.net.connection import Ended, Stalled
 from multifd.qemu import driver as driver_module
 from multifd.qemu import monitor as monitor_module
@@ -363,6 +367,51 @@ def test_doctor_is_told_nonsense(work: Path, command: str, value: Any) -> None:
         with pytest.raises(PeerError) as caught:
             examine(client)
     one_line(caught.value, f"{where}: {command}: ")
+
+
+def test_what_a_build_leaves_out_is_not_compared(work: Path) -> None:
+    """It is said that it is not, and nothing is missing on the side that does not tell."""
+    answers = usual(
+        qom_get="pc-q35-10.0-machine",
+        query_version={"qemu": {"major": 10, "minor": 0, "micro": 0}},
+        query_memory_size_summary={"base-memory": 1 << 30},
+        query_qmp_schema=[{"name": "migrate-set-parameters", "arg-type": "1"}, {"name": "1", "members": []}],
+        query_migrate_capabilities=[{"capability": name, "state": True} for name in ("multifd", "return-path")],
+    )
+
+    def answer(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        said = answers(name, arguments)
+        known = said["return"] or name in ("qmp_capabilities", "query-migrate")
+        if known and arguments.get("property") != "memory":
+            return said
+        return {"error": {"class": "CommandNotFound", "desc": f"The command {name} has not been found"}}
+
+    with monitor(work, answer) as where, Monitor(where) as client:
+        bare = examine(client)
+    full = replace(
+        bare,
+        status="inmigrate",
+        memory_slots=3,
+        ram_blocks=(RamBlock("pc.ram", 1 << 30, 1 << 30),),
+        memory_devices=(MemoryDevice(1 << 32, "dimm", 1 << 20),),
+        pci_devices={"00:01.0": PciDevice("e1000", 0x8086, 0x100E)},
+        devices={"usb-tablet": 1},
+        cpus=2,
+        cpu="EPYC-x86_64-cpu",
+        untold=(),
+    )
+    source, destination = replace(full, status="running"), replace(bare, status="inmigrate")
+    for ours, theirs, who in ((source, destination, "destination"), (bare, full, "source")):
+        assert compare(ours, theirs) == []
+        assert [one.what for one in advise(ours, theirs)] == [
+            (
+                f"the {who} does not tell of its cpus, devices, memory slots, ram blocks, memory devices, pci devices, "
+                "disks"
+            )
+        ]
+    # ... and both are compared where both tell.
+    less = replace(full, ram_blocks=(), pci_devices={}, devices={}, memory_devices=(), memory_slots=0, cpus=1, cpu="")
+    assert len(compare(source, less)) == 7
 
 
 @pytest.mark.parametrize(

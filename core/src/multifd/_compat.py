@@ -37,7 +37,7 @@ MODULES = ("errors", "formats", "hookspecs")
 MOVED: dict[str, tuple[str, ...]] = {
     "multifd.bench": ("multifd.jobs.bench.measure", "multifd.jobs.bench.model", "multifd.jobs.bench.picture"),
     "multifd.deflate": ("multifd.formats.deflate",),
-    "multifd.doctor": ("multifd.jobs.doctor",),
+    "multifd.doctor": ("multifd.jobs.doctor.compare", "multifd.jobs.doctor.side", "multifd.jobs.doctor.trouble"),
     "multifd.flags": ("multifd.hookspecs", "multifd.wire.flags"),
     "multifd.inspect": ("multifd.jobs.inspect",),
     "multifd.migrate": (

@@ -23,15 +23,16 @@ def configure(parser: argparse.ArgumentParser) -> Run:
 
 def run(arguments: argparse.Namespace) -> int:
     """Do it."""
-    from multifd.jobs import doctor
+    from multifd.jobs.doctor.compare import advise, compare
+    from multifd.jobs.doctor.side import describe, examine
     from multifd.qemu.monitor import Monitor
 
     with Monitor(arguments.source_qmp, arguments.timeout, arguments.crew) as monitor:
-        source = doctor.examine(monitor)
+        source = examine(monitor)
     with Monitor(arguments.destination_qmp, arguments.timeout, arguments.crew) as monitor:
-        destination = doctor.examine(monitor)
-    troubles = doctor.compare(source, destination)
-    advice = doctor.advise(source, destination)
+        destination = examine(monitor)
+    troubles = compare(source, destination)
+    advice = advise(source, destination)
     if arguments.json:
         found = {
             "source": asdict(source),
@@ -41,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
         }
         emit_json(found)
     else:
-        emit(f"{'source':<13}{doctor.describe(source)}", f"{'destination':<13}{doctor.describe(destination)}")
+        emit(f"{'source':<13}{describe(source)}", f"{'destination':<13}{describe(destination)}")
         for trouble in troubles:
             emit(f"- {trouble.what}: {trouble.remedy}")
         for one in advice:

@@ -1,0 +1,1 @@
+"""Two QEMUs compared before anything moves."""
