@@ -10,14 +10,16 @@ from multifd.log import log
 from multifd.net.connection import Ended, Lost, Stalled
 from multifd.qemu.monitor import Monitor, of
 
-#: Capabilities that send memory or state another way than over multifd's packets, or leave memory out.
-OTHER_WAYS = ("mapped-ram", "x-ignore-shared", "x-colo", "background-snapshot", "block")
+#: Capabilities that send memory or state another way than over multifd's packets.
+OTHER_WAYS = ("mapped-ram", "x-colo", "background-snapshot")
 #: Compression of pages on the main channel, which QEMU refuses beside multifd or ignores.
 OTHER_COMPRESSION = ("xbzrle", "compress")
 #: Those that two QEMUs can use with each other, and that have no place where one end of a migration is ours.  Each goes
 #: together with what depends on it: postcopy-preempt is refused without postcopy-ram.  zero-copy-send is refused
 #: beside a compression, and fails on a unix socket.
 BETWEEN_QEMUS = (
+    "x-ignore-shared",
+    "block",
     "postcopy-ram",
     "postcopy-preempt",
     "dirty-bitmaps",

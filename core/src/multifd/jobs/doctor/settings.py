@@ -22,6 +22,14 @@ def compare_capabilities(source: Side, destination: Side) -> Iterator[Trouble]:
         for name in (*OTHER_WAYS, *OTHER_COMPRESSION):
             if side.on(name):
                 yield Trouble(f"{name} is on on the {who}", _off(name, who))
+    if source.on("x-ignore-shared") != destination.on("x-ignore-shared"):
+        has, lacks = ("source", "destination") if source.on("x-ignore-shared") else ("destination", "source")
+        yield Trouble(
+            f"x-ignore-shared is on on the {has} only: the destination refuses that",
+            f"{_off('x-ignore-shared', has)}, or {monitor_says(lacks, 'migrate_set_capability x-ignore-shared on')}",
+        )
+    if source.on("block") and "block" not in destination.capabilities:
+        yield Trouble("block is on on the source: the destination has no such capability any more, and refuses it", _off("block", "source"))
     yield from _postcopy(source, destination)
     yield from _switchover_ack(source, destination)
 
@@ -124,9 +132,12 @@ def advise_settings(source: Side, destination: Side) -> Iterator[Trouble]:
             "switchover-ack is on on the source only: if its guest ran, it would wait for the destination for ever",
             _off("switchover-ack", "source"),
         )
-    for name in ("postcopy-ram", "dirty-bitmaps"):
-        if source.on(name):
-            yield Trouble(f"{name} is on on the source: a relay cannot take that", _off(name, "source"))
+    if source.on("x-ignore-shared") and destination.on("x-ignore-shared"):
+        yield Trouble(
+            "x-ignore-shared is on on both: shared memory is not sent; a relay passes such a migration unread, receive "
+            "refuses it",
+            "start both with the same files of memory, or turn it off on both",
+        )
 
 
 def older_machine(machine: str, version: tuple[int, int]) -> bool:
