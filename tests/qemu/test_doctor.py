@@ -295,8 +295,8 @@ def test_block_migration(start: Start) -> None:
     old = {"release": "7.2", "machine": "pc-q35-7.2"}
     assert differences(start, old | {"set": {"block": True}}, {"machine": "pc-q35-7.2"}) == [
         (
-            "block is on on the source: the destination has no such capability any more, and refuses it: on the source's monitor: "
-            "migrate_set_capability block off"
+            "block is on on the source: the destination has no such capability any more, and refuses it: on the "
+            "source's monitor: migrate_set_capability block off"
         )
     ]
 

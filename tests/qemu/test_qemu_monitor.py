@@ -79,11 +79,11 @@ def test_events_that_were_on_stay_on(start: Start, work: Path, release: str) -> 
 
 @pytest.mark.parametrize("release", RELEASES)
 def test_a_pause_before_the_switchover_is_named(start: Start, work: Path, release: str) -> None:
-    qemu, where = source(start, work, release)
-    qemu.reconnect()
-    switch(qemu, "pause-before-switchover", True)
-    qemu.monitor.close()
+    """It is turned off before; somebody else may turn it on."""
+    _, where = source(start, work, release)
     with Source(where, channels=2, method=None, timeout=3) as driver:
+        items = [{"capability": "pause-before-switchover", "state": True}]
+        driver.monitor.command("migrate-set-capabilities", capabilities=items)
         assert driver.waits() == ""
         there = peers.Receiving(work / "snap", timeout=peers.TIMEOUT)
         driver.start(there.uri)
@@ -100,7 +100,10 @@ def test_a_pause_before_the_switchover_is_named(start: Start, work: Path, releas
 
 @pytest.mark.parametrize("release", RELEASES)
 def test_what_a_killed_receive_left_is_named(start: Start, work: Path, release: str) -> None:
-    """In the middle, where QEMU waits with its guest stopped, and once the guest was sent."""
+    """In the middle, where QEMU waits with its guest stopped, and once the guest was sent.
+
+    That it does not wait there is what receive says to its monitor; on the way that is turned round.
+    """
     qemu = start(release, "source", more=("-qmp", f"unix:{work}/second.qmp,server=on,wait=off"))
     qemu.fill(content())
     qemu.monitor.command("cont")
@@ -109,8 +112,13 @@ def test_what_a_killed_receive_left_is_named(start: Start, work: Path, release: 
     target = start(release, "target", incoming=True)
     target.monitor.close()
     receive = ("receive", f"unix:{work}/here", "-o", work / "snap", "--qmp", where)
+    waiting = (*receive[:-1], work / "monitor")
+    pause = '"pause-before-switchover", "state": '
     doctor = ("doctor", "--source-qmp", where, "--destination-qmp", work / "target.qmp")
-    with subprocess.Popen([*MULTIFD, *map(str, receive)], stderr=subprocess.DEVNULL) as receiving:
+    with (
+        closing(Redirecting(work / "monitor", work / "second.qmp", f"{pause}false", f"{pause}true")),
+        subprocess.Popen([*MULTIFD, *map(str, waiting)], stderr=subprocess.DEVNULL) as receiving,
+    ):
         qemu.wait("pre-switchover", seconds=peers.TIMEOUT)
         receiving.kill()
     left = capabilities(qemu)

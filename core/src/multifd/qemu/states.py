@@ -150,6 +150,6 @@ def leftover(migration: Migration, capabilities: Mapping[str, bool]) -> Obstacle
     return Obstacle(
         f"has had a migration, which is {migration}, and {', '.join(left)} are on: a multifd that is killed leaves its "
         "settings so",
-        "migrate_set_capability NAME off puts each back, migrate_set_parameter its multifd-channels and "
-        "multifd-compression",
+        "migrate_set_capability NAME off puts each back, migrate_set_parameter its multifd-channels, "
+        "multifd-compression and max-bandwidth; others may have been turned off",
     )

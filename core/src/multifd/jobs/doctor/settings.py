@@ -29,7 +29,10 @@ def compare_capabilities(source: Side, destination: Side) -> Iterator[Trouble]:
             f"{_off('x-ignore-shared', has)}, or {monitor_says(lacks, 'migrate_set_capability x-ignore-shared on')}",
         )
     if source.on("block") and "block" not in destination.capabilities:
-        yield Trouble("block is on on the source: the destination has no such capability any more, and refuses it", _off("block", "source"))
+        yield Trouble(
+            "block is on on the source: the destination has no such capability any more, and refuses it",
+            _off("block", "source"),
+        )
     yield from _postcopy(source, destination)
     yield from _switchover_ack(source, destination)
 
