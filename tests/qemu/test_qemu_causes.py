@@ -78,14 +78,14 @@ def test_a_guest_that_cannot_be_migrated(start: Start, work: Path, release: str)
         multifd.receive(f"unix:{work}/here", work / "snap", qmp=str(work / "source.qmp"), timeout=peers.TIMEOUT)
 
 
-@pytest.mark.may_warn("waits in pre-switchover")  # a slow machine
 @pytest.mark.parametrize("release", RELEASES)
 def test_a_source_that_is_killed(start: Start, work: Path, release: str) -> None:
     source = start(release, "source", more=("-qmp", f"unix:{work}/second.qmp,server=on,wait=off"))
     source.fill(content())
-    source.prepare(pause_before_switchover=True)
-    there = peers.Receiving(work / "snap", f"unix:{work}/here", qmp=str(work / "second.qmp"))
-    source.wait("pre-switchover")
+    source.prepare(downtime_limit=1)
+    where = str(work / "second.qmp")
+    there = peers.Receiving(work / "snap", f"unix:{work}/here", qmp=where, max_bandwidth=10_000)
+    source.wait("active")
     source.process.kill()
     says = "the source ended early: cancelled, or gone; its QEMU has ended: the last lines of its standard error"
     with pytest.raises(PeerError, match=says):
