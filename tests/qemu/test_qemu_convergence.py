@@ -24,7 +24,8 @@ from told import warns
 
 #: A guest that rewrites memory is faster, and QEMU's own downtime-limit is for those that are not: so few milliseconds
 #: are for a busy machine.
-SLOW: dict[str, Any] = {"max_bandwidth": 12_000_000, "downtime_limit": 1}
+BANDWIDTH = 12_000_000
+SLOW: dict[str, Any] = {"max_bandwidth": BANDWIDTH, "downtime_limit": 1}
 
 
 def linux(
@@ -61,7 +62,7 @@ def test_a_guest_that_rewrites_memory_is_stopped(
     qemu = linux(start, work, release, guest.REWRITES)
     qemu.monitor.command("migrate-set-parameters", **SLOW)
     command = ["receive", f"unix:{work}/here", "-o", work / "snap", "--qmp", work / "source.second"]
-    command += ["--stop-after", stop_after, "--then", then, "--json"]
+    command += ["--max-bandwidth", str(BANDWIDTH), "--stop-after", stop_after, "--then", then, "--json"]
     told = subprocess.run([*MULTIFD, *map(str, command)], capture_output=True, text=True, timeout=120, check=True)
     result = json.loads(told.stdout)
     assert 0 < result["standstill"] <= 1
@@ -79,7 +80,12 @@ def test_a_guest_that_was_stopped_goes_on_from_its_snapshot(start: Start, work: 
     qemu = linux(start, work, "10.0", guest.REWRITES)
     qemu.monitor.command("migrate-set-parameters", **SLOW)
     result = multifd.receive(
-        f"unix:{work}/here", work / "snap", qmp=str(work / "source.second"), stop_after="1round", timeout=60
+        f"unix:{work}/here",
+        work / "snap",
+        qmp=str(work / "source.second"),
+        stop_after="1round",
+        max_bandwidth=BANDWIDTH,
+        timeout=60,
     )
     assert result.standstill is not None
     target = linux(start, work, "10.0", guest.REWRITES, "target", incoming=True)
@@ -115,6 +121,7 @@ def test_a_guest_that_was_stopped_for_nothing_runs_on(
             work / "snap",
             qmp=str(work / "source.second"),
             stop_after="1round",
+            max_bandwidth=BANDWIDTH,
             timeout=30,
             crew=crew,
         )
