@@ -14,6 +14,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+#: What is unpacked in a root, where dpkg would note it.
+STATUS = "var/lib/dpkg/status"
+
 
 def own_suite() -> str:
     """This machine's release.  Exits where there is no apt, or no name."""
@@ -37,7 +40,6 @@ class Apt:
         parts = folder / "sources.list.d"
         for path in (parts, folder / "lists/partial", folder / "archives/partial", folder / "debs"):
             path.mkdir(parents=True)
-        (folder / "status").touch()
         for path in (Path("/etc/apt/sources.list"), *Path("/etc/apt/sources.list.d").glob("*")):
             if path.suffix in (".list", ".sources") and path.is_file():
                 text = path.read_text()
@@ -47,12 +49,12 @@ class Apt:
         self._said = ""
         self._run("update")
 
-    def _run(self, *arguments: str) -> bool:
+    def _run(self, *arguments: str, installed: Path = Path("/dev/null")) -> bool:
         options = {
             "Dir::Etc::SourceList": "/dev/null",
             "Dir::Etc::SourceParts": self._folder / "sources.list.d",
             "Dir::State::Lists": self._folder / "lists",
-            "Dir::State::status": self._folder / "status",
+            "Dir::State::status": installed,
             "Dir::Cache": self._folder,
             "APT::Sandbox::User": "",
             "Acquire::Languages": "none",
@@ -73,14 +75,22 @@ class Apt:
         self._unpack(self._folder / "debs", root)
 
     def unpack_with_all_it_needs(self, root: Path, *names: str) -> None:
-        """Packages and everything they depend on, down to the C library."""
-        if not self._run("install", "-y", "--download-only", "--no-install-recommends", f"-t{self.suite}", *names):
+        """Packages and everything they depend on, down to the C library; what is in `root` already is not got again."""
+        status = root / STATUS
+        status.parent.mkdir(parents=True, exist_ok=True)
+        status.touch()
+        options = ("--download-only", "--no-install-recommends", f"-t{self.suite}")
+        if not self._run("install", "-y", *options, *names, installed=status):
             self._fail(names)
         self._unpack(self._folder / "archives", root)
 
     def _unpack(self, debs: Path, root: Path) -> None:
         for package in debs.glob("*.deb"):
             subprocess.run(["dpkg-deb", "-x", package, root], check=True, stdout=sys.stderr)
+            if (root / STATUS).exists():
+                fields = subprocess.run(["dpkg-deb", "-f", package], check=True, capture_output=True, text=True).stdout
+                with open(root / STATUS, "a") as file:
+                    file.write(f"{fields}Status: install ok installed\n\n")
             package.unlink()
 
     def _fail(self, names: Sequence[str]) -> None:

@@ -1,10 +1,11 @@
 """Get a QEMU of another release on a Debian machine, without installing anything.
 
-python3 tools/get_qemu.py DIR 7.2|10.0|11.1|guest
+python3 tools/get_qemu.py DIR 7.2|10.0|11.1 [SYSTEM]
+python3 tools/get_qemu.py DIR guest
 
-Prints the path of a qemu-system-x86_64: the machine's own where it is of that release, or a
-script under DIR that starts one unpacked there with all its libraries.  `guest`: the directory of
-a small Linux to run in it, `vmlinuz` and `busybox`.
+Prints the path of a qemu-system-SYSTEM (x86_64 where none is named; aarch64, s390x, ppc64 ...): the
+machine's own where it is of that release, or a script under DIR that starts one unpacked there with
+all its libraries.  `guest`: the directory of a small Linux to run in it, `vmlinuz` and `busybox`.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from apt import Apt
 
 #: QEMU -> the Debian suite that has it.
 SUITES = {"7.2": "bookworm", "10.0": "trixie", "11.1": "trixie-backports"}
+#: What a system's machines do not start without, beside what its package depends on.
+FIRMWARE = {"ppc64": ["qemu-slof"], "riscv64": ["opensbi"]}
 SCRIPT = """#!/bin/sh
 # Its own loader and libraries: they need not fit this machine's.
 root={root}
 export QEMU_MODULE_DIR="$root/usr/lib/x86_64-linux-gnu/qemu"
 libraries=$root/usr/lib/x86_64-linux-gnu:$root/lib/x86_64-linux-gnu
 exec "$root/usr/lib64/ld-linux-x86-64.so.2" --library-path "$libraries" \\
-    "$root/usr/bin/qemu-system-x86_64" -L "$root/usr/share/qemu" -L "$root/usr/share/seabios" "$@"
+    "$root/usr/bin/{name}" -L "$root/usr/share/qemu" -L "$root/usr/share/seabios" -L "$root/usr/share/slof" "$@"
 """
 
 
@@ -54,34 +57,41 @@ def get_guest(top: Path) -> Path:
     return top
 
 
+def get_qemu(directory: Path, release: str, system: str) -> Path:
+    """The path of what starts it.  Exits where there is none."""
+    name = f"qemu-system-{system}"
+    own = shutil.which(name)
+    if own and version(own) == release:
+        return Path(own)
+    top = directory / f"qemu-{release}"
+    script, root = top / name, top / "root"
+    if version(script) == release:
+        return script
+    apt = Apt(top / "apt", SUITES[release])
+    apt.unpack_with_all_it_needs(root, name.replace("_", "-"), *FIRMWARE.get(system, []))
+    apt.close()
+    loader = root / "usr/lib64/ld-linux-x86-64.so.2"
+    if not loader.exists():  # before usrmerge in the packages themselves
+        loader.parent.mkdir(parents=True, exist_ok=True)
+        loader.symlink_to(root / "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2")
+    script.write_text(SCRIPT.format(root=root, name=name))
+    script.chmod(0o755)
+    if version(script) != release:
+        sys.exit(f"get_qemu: {script} does not start")
+    return script
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, metavar="DIR")
     parser.add_argument("release", choices=(*SUITES, "guest"))
+    parser.add_argument("system", nargs="?", metavar="SYSTEM", default="x86_64")
     arguments = parser.parse_args()
+    directory = arguments.directory.absolute()
     if arguments.release == "guest":
-        print(get_guest(arguments.directory.absolute() / "guest"))
-        return
-    own = shutil.which("qemu-system-x86_64")
-    if own and version(own) == arguments.release:
-        print(own)
-        return
-    top = arguments.directory.absolute() / f"qemu-{arguments.release}"
-    script = top / "qemu-system-x86_64"
-    if version(script) != arguments.release:
-        shutil.rmtree(top, ignore_errors=True)
-        apt = Apt(top / "apt", SUITES[arguments.release])
-        apt.unpack_with_all_it_needs(top / "root", "qemu-system-x86")
-        apt.close()
-        loader = top / "root/usr/lib64/ld-linux-x86-64.so.2"
-        if not loader.exists():  # before usrmerge in the packages themselves
-            loader.parent.mkdir(parents=True, exist_ok=True)
-            loader.symlink_to(top / "root/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2")
-        script.write_text(SCRIPT.format(root=top / "root"))
-        script.chmod(0o755)
-        if version(script) != arguments.release:
-            sys.exit(f"get_qemu: {script} does not start")
-    print(script)
+        print(get_guest(directory / "guest"))
+    else:
+        print(get_qemu(directory, arguments.release, arguments.system))
 
 
 if __name__ == "__main__":

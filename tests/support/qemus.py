@@ -1,4 +1,4 @@
-"""Real QEMUs for the tests: 7.2 and 10.0, a guest's memory in a file, driven over QMP."""
+"""Real QEMUs for the tests: 7.2, 10.0 and 11.1, a guest's memory in a file, driven over QMP."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from multifd.errors import MultifdError
 from multifd.qemu.monitor import Monitor
 from standin import TOP, fetch
 
-RELEASES = ("7.2", "10.0")
+RELEASES = ("7.2", "10.0", "11.1")
 FETCHED = TOP / ".qemu"
 #: What a guest has.
 MIB = 24
@@ -25,9 +25,9 @@ UUID = "6d756c74-7266-4d4c-8a00-0029de9fda03"
 
 
 @cache
-def binary(release: str) -> str:
+def binary(release: str, system: str = "x86_64") -> str:
     """The path of a QEMU of this release."""
-    return str(fetch("get_qemu.py", FETCHED, release))
+    return str(fetch("get_qemu.py", FETCHED, release, system))
 
 
 def content() -> bytes:
@@ -49,15 +49,18 @@ class Qemu:
         mib: int = MIB,
         incoming: bool = False,
         more: Sequence[str] = (),
+        system: str = "x86_64",
+        block: str = "pc.ram",
     ) -> None:
+        """`block` is the name that the machine has for its RAM."""
         self.ram = folder / f"{name}.ram"
         self.log = folder / f"{name}.log"
-        self._qmp = qmp = folder / f"{name}.qmp"
+        self.qmp = qmp = folder / f"{name}.qmp"
         command = [
-            binary(release),
+            binary(release, system),
             *("-accel", "tcg", "-m", f"{mib}M", "-uuid", UUID, "-S"),
-            *("-machine", f"{machine},memory-backend=pc.ram"),
-            *("-object", f"memory-backend-file,id=pc.ram,size={mib}M,mem-path={self.ram},share=on"),
+            *("-machine", f"{machine},memory-backend={block}"),
+            *("-object", f"memory-backend-file,id={block},size={mib}M,mem-path={self.ram},share=on"),
             *("-nodefaults", "-display", "none", "-vga", "none"),
             *("-qmp", f"unix:{qmp},server=on,wait=off"),
             *(("-incoming", "defer") if incoming else ()),
@@ -78,7 +81,7 @@ class Qemu:
 
     def reconnect(self) -> None:
         """The monitor takes one client at a time; it was somebody else's turn."""
-        self.monitor = Monitor(str(self._qmp), timeout=60)
+        self.monitor = Monitor(str(self.qmp), timeout=60)
 
     def fill(self, content: bytes) -> None:
         with open(self.ram, "r+b") as file:
