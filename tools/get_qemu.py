@@ -22,14 +22,14 @@ from apt import Apt
 #: QEMU -> the Debian suite that has it.
 SUITES = {"7.2": "bookworm", "10.0": "trixie", "11.1": "trixie-backports"}
 #: What a system's machines do not start without, beside what its package depends on.
-FIRMWARE = {"ppc64": ["qemu-slof"], "riscv64": ["opensbi"]}
+FIRMWARE = {"riscv64": ["opensbi"]}
 SCRIPT = """#!/bin/sh
 # Its own loader and libraries: they need not fit this machine's.
 root={root}
 export QEMU_MODULE_DIR="$root/usr/lib/x86_64-linux-gnu/qemu"
 libraries=$root/usr/lib/x86_64-linux-gnu:$root/lib/x86_64-linux-gnu
 exec "$root/usr/lib64/ld-linux-x86-64.so.2" --library-path "$libraries" \\
-    "$root/usr/bin/{name}" -L "$root/usr/share/qemu" -L "$root/usr/share/seabios" -L "$root/usr/share/slof" "$@"
+    "$root/usr/bin/{name}" -L "$root/usr/share/qemu" -L "$root/usr/share/seabios" "$@"
 """
 
 

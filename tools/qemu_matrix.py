@@ -24,7 +24,7 @@ from matrix import Group, Pair, groups, try_group
 from qemus import RELEASES
 
 BEGIN, END = "<!-- qemu-matrix -->", "<!-- /qemu-matrix -->"
-ABSENT = "–"
+ABSENT = "-"
 
 
 class Notes:
@@ -44,9 +44,7 @@ def explained(pair: Pair) -> str:
     said = "; ".join(
         f"{way}: {words}" for way, all_words in pair.said.items() for words in sorted(all_words - {""})
     ).replace("|", r"\|")
-    if pair.alone:
-        return f"QEMU alone fails too ({pair.alone}). {said}"
-    return f"{said} (QEMU alone does it)"
+    return f"QEMU alone: {pair.alone}" if pair.alone else f"{said}; QEMU alone does it"
 
 
 def cell(pair: Pair | None, notes: Notes) -> str:
@@ -92,9 +90,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="how many at a time; default: 2")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables there")
     arguments = parser.parse_args()
-    boards = [
-        board for board in BOARDS if not arguments.machine or {board.name, str(board)} & set(arguments.machine)
-    ]
+    boards = [board for board in BOARDS if not arguments.machine or {board.name, str(board)} & set(arguments.machine)]
     if not boards:
         sys.exit(f"qemu_matrix: there are {', '.join(map(str, BOARDS))}")
     logging.getLogger("multifd").addHandler(logging.NullHandler())

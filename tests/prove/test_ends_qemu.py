@@ -24,7 +24,7 @@ from qemus import FAILING_CHANNELS, RELEASES, Qemu, Start, binary, content, qemu
 from standin import Missing
 
 #: Where it may fail.
-CHANNELS = {"7.2": 2, "10.0": FAILING_CHANNELS}
+CHANNELS = {"7.2": 2, "10.0": FAILING_CHANNELS, "11.1": FAILING_CHANNELS}
 TIMES = 2
 CASES = ends.cases(TIMES)
 CASES += [Case(len(CASES) + more, "receive", "cut", phase) for more, phase in enumerate(PHASES[:3] * TIMES)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from examples import examples
 from multifd.jobs.doctor.compare import advise, compare
 from multifd.jobs.doctor.side import Side, examine
 from multifd.qemu.monitor import Monitor
-from qemus import Qemu, Start
+from qemus import RELEASES, Qemu, Start, common
 
 
 def differences(start: Start, source: dict[str, Any], destination: dict[str, Any]) -> list[str]:
@@ -435,6 +436,15 @@ def test_nothing_is_found_where_both_are_started_alike(start: Start, machine: st
 def numbered(buses: list[dict[str, Any]]) -> bool:
     """Whether the bus behind the bridge has its number, and tells what is there."""
     return any("devices" in device.get("pci_bridge", {}) for bus in buses for device in bus["devices"])
+
+
+@pytest.mark.parametrize(("source", "destination"), list(itertools.product(RELEASES, RELEASES)))
+def test_a_good_pair(start: Start, source: str, destination: str) -> None:
+    """A new QEMU with an old machine type sends what the old one reads."""
+    machine = common(source, destination)
+    assert (
+        differences(start, {"release": source, "machine": machine}, {"release": destination, "machine": machine}) == []
+    )
 
 
 def test_a_destination_that_does_not_wait(start: Start) -> None:

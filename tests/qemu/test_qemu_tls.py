@@ -9,7 +9,7 @@ import pytest
 import multifd
 import peers
 from multifd import open_snapshot
-from qemus import FAILING_CHANNELS, RELEASES, Start, content
+from qemus import FAILING_CHANNELS, RELEASES, Start, common, content
 from relaying import Relaying, closing
 from told import warns
 
@@ -28,6 +28,9 @@ def secured(pki: Path, endpoint: str) -> list[str]:
         ("10.0", "10.0", (True, True)),
         ("7.2", "10.0", (True, False)),
         ("10.0", "7.2", (False, True)),
+        ("11.1", "11.1", (True, True)),
+        ("11.1", "7.2", (True, False)),
+        ("10.0", "11.1", (False, True)),
     ],
 )
 @pytest.mark.parametrize("return_path", [True, False])
@@ -40,7 +43,7 @@ def test_qemus_through_a_relay(
     legs: tuple[bool, bool],
     return_path: bool,
 ) -> None:
-    machine = "q35" if source_release == target_release else "pc-q35-7.2"
+    machine = common(source_release, target_release)
     source = start(source_release, "source", machine=machine, more=secured(creds, "client"))
     target = start(target_release, "target", machine=machine, incoming=True, more=secured(creds, "server"))
     source.fill(content())

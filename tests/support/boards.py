@@ -61,7 +61,7 @@ BOARDS = (
     Board("virt", "riscv64", "riscv_virt_board.ram"),
     Board("virt", "loongarch64", "loongarch.ram", mib=1024),
     Board("s390-ccw-virtio", "s390x", "s390.ram", "s390-ccw-virtio-{}"),
-    Board("pseries", "ppc64", "ppc_spapr.ram", "pseries-{}", mib=128),
+    Board("pseries", "ppc64", "ppc_spapr.ram", "pseries-{}", mib=256),
     Board("powernv9", "ppc64", "pnv.ram", mib=1024),
     Board("clipper", "alpha", "ram"),
 )

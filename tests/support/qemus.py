@@ -30,6 +30,11 @@ def binary(release: str, system: str = "x86_64") -> str:
     return str(fetch("get_qemu.py", FETCHED, release, system))
 
 
+def common(one: str, other: str) -> str:
+    """A machine type that both releases have: where they are the same, their newest."""
+    return "q35" if one == other else f"pc-q35-{min(one, other, key=RELEASES.index)}"
+
+
 def content() -> bytes:
     """24 MiB of guest memory: text, programs, templates, noise, zeros."""
     memory = images.memory()
