@@ -4,7 +4,7 @@ BIN := .venv/bin
 PACKAGES := core plugins/zlib plugins/zstd plugins/qatzip plugins/qpl plugins/uadk
 BINDINGS := $(wildcard plugins/*/build_lib*.py plugins/*/lib*.h)
 
-.PHONY: demo test prove lint bench bench-qemu bench-link clean
+.PHONY: demo test prove lint bench bench-qemu bench-link qemu-matrix clean
 
 demo: .venv/ready
 	$(BIN)/python tools/demo.py
@@ -31,6 +31,10 @@ bench-qemu: .venv/ready
 
 bench-link: .venv/ready
 	$(BIN)/python tools/bench_link.py
+
+# Every QEMU release and machine with every other; writes the table of docs/qemu.md.
+qemu-matrix: .venv/ready
+	$(BIN)/python tools/qemu_matrix.py --write docs/qemu.md
 
 # Compiled once, as pip does where it copies: Python may be told not to keep what it compiles.
 .venv/ready: requirements-dev.txt $(BINDINGS) $(PACKAGES:%=%/pyproject.toml)

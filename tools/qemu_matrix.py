@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
 
 from boards import BOARDS, Board, exact_version
-from matrix import Group, Pair, groups, try_group
+from matrix import Group, Pair, explained, groups, try_group
 from qemus import RELEASES
 
 BEGIN, END = "<!-- qemu-matrix -->", "<!-- /qemu-matrix -->"
@@ -39,18 +39,13 @@ class Notes:
         return self.texts.index(text) + 1
 
 
-def explained(pair: Pair) -> str:
-    """What a cell that does not work has for a note."""
-    said = "; ".join(
-        f"{way}: {words}" for way, all_words in pair.said.items() for words in sorted(all_words - {""})
-    ).replace("|", r"\|")
-    return f"QEMU alone: {pair.alone}" if pair.alone else f"{said}; QEMU alone does it"
-
-
 def cell(pair: Pair | None, notes: Notes) -> str:
     if pair is None:
         return ABSENT
-    return "yes" if pair.works else f"no [{notes.number(explained(pair))}]"
+    if pair.works:
+        return "yes"
+    word = "snapshot" if pair.worked("receive") and pair.worked("send") else "no"
+    return f"{word} [{notes.number(explained(pair))}]"
 
 
 def tables(found: dict[Group, dict[str, Pair]]) -> str:

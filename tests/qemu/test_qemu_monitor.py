@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -120,6 +121,7 @@ def test_what_a_killed_receive_left_is_named(start: Start, work: Path, release: 
         subprocess.Popen([*MULTIFD, *map(str, waiting)], stderr=subprocess.DEVNULL) as receiving,
     ):
         qemu.wait("pre-switchover", seconds=peers.TIMEOUT)
+        time.sleep(0.5)  # a channel that is still writing would see it go: the migration fails then
         receiving.kill()
     left = capabilities(qemu)
     fails(1, r"is migrating already \(pre-switchover\): migrate_cancel on its monitor gives that up", *receive)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from boards import BOARDS, METHODS, Board, Trial, types_of
+from boards import BOARDS, METHODS, Board, Trial
 from multifd.errors import MultifdError
 from qemus import RELEASES, Qemu, qemus
 
@@ -33,7 +33,7 @@ class Group:
     @property
     def targets(self) -> Sequence[str]:
         """The releases that have this type."""
-        return [release for release in RELEASES if self.kind in types_of(release, self.board.system)]
+        return [release for release in RELEASES if self.kind in self.board.types(release)]
 
 
 @dataclass(slots=True)
@@ -45,9 +45,13 @@ class Pair:
     #: What the same two QEMUs say with nothing between; asked where a relay or a snapshot failed.
     alone: str | None = None
 
+    def worked(self, way: str) -> bool:
+        """Whether each method did."""
+        return self.said.get(way) == {WORKS}
+
     @property
     def works(self) -> bool:
-        return all(words == {WORKS} for words in self.said.values())
+        return all(map(self.worked, ("receive", "send", "relay")))
 
     @property
     def ours(self) -> bool:
@@ -56,13 +60,11 @@ class Pair:
 
 
 def groups(boards: Sequence[Board] = BOARDS) -> Iterator[Group]:
-    """Of these machines, where the release has the type."""
+    """Of these machines."""
     for board in boards:
-        for kind in board.types:
-            for release in RELEASES:
-                group = Group(board, kind, release)
-                if release in group.targets:
-                    yield group
+        for kind in board.types():
+            for release in Group(board, kind, "").targets:
+                yield Group(board, kind, release)
 
 
 def try_group(group: Group) -> dict[str, Pair]:
@@ -119,7 +121,10 @@ class _Tried:
             except MultifdError as error:
                 return shorten(f"{error}; {told(running)}" if told(running) else str(error))
             except AssertionError as error:
-                return shorten(f"{told(running) or str(error)}")
+                return shorten(told(running) or str(error))
+            finally:
+                for qemu in running:
+                    qemu.ram.unlink()  # a gigabyte, of some
         return WORKS
 
     def _receive(self, running: list[Qemu], method: str, snapshot: Path) -> None:
@@ -139,11 +144,19 @@ class _Tried:
         self._trial.alone(source, self._trial.qemu(running, target, incoming=True))
 
 
+def explained(pair: Pair) -> str:
+    """Why one does not work."""
+    if pair.alone:
+        return f"QEMU alone: {pair.alone}"
+    said = (f"{way}: {words}" for way, all_words in pair.said.items() for words in sorted(all_words - {WORKS}))
+    return f"{'; '.join(said)}; QEMU alone does it"
+
+
 def told(running: Sequence[Qemu]) -> str:
     """The first complaint of these QEMUs that is an error."""
     for qemu in reversed(running):
         for line in qemu.log.read_text(errors="replace").splitlines():
-            if line.strip() and "warning: " not in line:
+            if line.strip() and "warning: " not in line and "deprecated" not in line:
                 return line.partition(": ")[2] or line
     return ""
 
@@ -152,4 +165,5 @@ def shorten(text: str) -> str:
     """On one line, without what differs from run to run."""
     text = re.sub(r"unix:/\S+?(?=[:,; ]|$)|/dev/shm/\S+?(?=[:,; ]|$)", "...", " ".join(text.split()))
     text = re.sub(r"tcp:127\.0\.0\.1:\d+", "...", text)
+    text = re.sub(r"(QEMU's migration is \w+): \{.*", r"\1 for ever", text)
     return text[:SHOWN] + ("..." if len(text) > SHOWN else "")
