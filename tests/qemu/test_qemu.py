@@ -72,7 +72,7 @@ def test_settings_that_differ_are_named(
     source = start(release, "source")
     source.fill(content())
     source.prepare(**theirs)
-    there = peers.Receiving(work / "snap", timeout=5, **ours)
+    there = peers.Receiving(work / "snap", timeout=3, **ours)
     source.monitor.command("migrate", uri=there.uri)
     with pytest.raises(PeerError, match=message):
         there.join()

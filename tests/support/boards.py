@@ -19,7 +19,7 @@ from relaying import Relaying, closing
 METHODS = ("none", "zlib", "zstd")
 CHANNELS = {"none": 3, "zlib": 1, "zstd": 2}
 #: Seconds that a migration may take on a busy machine.
-PATIENCE = 30
+PATIENCE = 20
 
 
 def _number(version: str) -> tuple[int, ...]:
