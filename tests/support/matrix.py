@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -153,7 +154,10 @@ def explained(pair: Pair) -> str:
 
 
 def told(running: Sequence[Qemu]) -> str:
-    """The first complaint of these QEMUs that is an error."""
+    """The first complaint of these QEMUs that is an error; a crash before all."""
+    for qemu in running:
+        if (code := qemu.process.poll()) is not None and code < 0:
+            return f"it crashes ({signal.Signals(-code).name})"
     for qemu in reversed(running):
         for line in qemu.log.read_text(errors="replace").splitlines():
             if line.strip() and "warning: " not in line and "deprecated" not in line:
