@@ -1,6 +1,6 @@
 """The packets on a multifd channel: layouts, packing, unpacking with every bound; no I/O.
 
-All integers are big-endian.  Checked against QEMU 7.2.22 and 10.0.13.
+All integers are big-endian.  Checked against QEMU 7.2.22, 10.0.13 and 11.1.3.
 """
 
 from __future__ import annotations
