@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from boards import BOARDS, Trial
-from qemus import Qemu, binary, qemus
-from standin import Missing
+from qemus import FETCHED, Qemu, qemus
+from standin import Missing, fetch
 
 NAMES = {str(board): board for board in BOARDS}
 #: Board, type, release, method.
@@ -27,20 +27,29 @@ CASES = [
 ]
 
 
+pytestmark = pytest.mark.timeout(300)  # what is not there yet is downloaded
+
+
+@pytest.fixture(scope="module")
+def programs() -> None:
+    """All that are needed, got in one go: apt reads its lists once."""
+    for release in sorted({release for _, _, release, _ in CASES}):
+        systems = sorted({NAMES[name].system for name, _, its, _ in CASES if its == release})
+        try:
+            fetch("get_qemu.py", FETCHED, release, *systems)
+        except Missing as missing:
+            pytest.skip(str(missing))
+
+
 @pytest.fixture
-def running() -> Iterator[list[Qemu]]:
+def running(programs: None) -> Iterator[list[Qemu]]:
     with qemus() as running:
         yield running
 
 
 @pytest.mark.parametrize(("name", "kind", "release", "method"), CASES)
 def test_there_and_back(work: Path, running: list[Qemu], name: str, kind: str, release: str, method: str) -> None:
-    board = NAMES[name]
-    try:
-        binary(release, board.system)
-    except Missing as missing:
-        pytest.skip(str(missing))
-    trial = Trial(board, kind, work)
+    trial = Trial(NAMES[name], kind, work)
     trial.receive(trial.qemu(running, release), method, work / "snap")
     trial.send(work / "snap", trial.qemu(running, release, incoming=True), method)
     trial.relay(trial.qemu(running, release), trial.qemu(running, release, incoming=True), method, "zlib")

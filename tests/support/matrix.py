@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import shutil
 import signal
+import subprocess
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -119,10 +121,13 @@ class _Tried:
         with qemus() as running:
             try:
                 what(running)
-            except MultifdError as error:
-                return shorten(f"{error}; {told(running)}" if told(running) else str(error))
-            except AssertionError as error:
-                return shorten(told(running) or str(error))
+            except (MultifdError, AssertionError) as error:
+                if crash := crashed(running):
+                    return crash
+                said = told(running)
+                if isinstance(error, AssertionError):
+                    return shorten(said or str(error))
+                return shorten(f"{error}; {said}" if said else str(error))
             finally:
                 for qemu in running:
                     qemu.ram.unlink()  # a gigabyte, of some
@@ -153,11 +158,18 @@ def explained(pair: Pair) -> str:
     return f"{'; '.join(said)}; QEMU alone does it"
 
 
-def told(running: Sequence[Qemu]) -> str:
-    """The first complaint of these QEMUs that is an error; a crash before all."""
+def crashed(running: Sequence[Qemu]) -> str:
+    """Whether a QEMU did; it may be about to end."""
     for qemu in running:
-        if (code := qemu.process.poll()) is not None and code < 0:
-            return f"it crashes ({signal.Signals(-code).name})"
+        with suppress(subprocess.TimeoutExpired):
+            code = qemu.process.wait(0.3)
+            if code < 0:
+                return f"it crashes ({signal.Signals(-code).name})"
+    return ""
+
+
+def told(running: Sequence[Qemu]) -> str:
+    """The first complaint of these QEMUs that is an error."""
     for qemu in reversed(running):
         for line in qemu.log.read_text(errors="replace").splitlines():
             if line.strip() and "warning: " not in line and "deprecated" not in line:
