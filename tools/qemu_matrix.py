@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
 
-from boards import BOARDS, Board, exact_version
+from boards import BOARDS, METHODS, Board, exact_version
 from matrix import Group, Pair, explained, groups, try_group
 from qemus import RELEASES
 
@@ -67,9 +67,11 @@ def tables(found: dict[Group, dict[str, Pair]]) -> str:
 
 
 def report(found: dict[Group, dict[str, Pair]], seconds: float) -> str:
-    tried = sum(pair.tried for outcome in found.values() for pair in outcome.values())
+    tried = sum(len(METHODS) + sum(pair.tried for pair in outcome.values()) for outcome in found.values())
     versions = ", ".join(exact_version(release) for release in RELEASES)
-    head = f"{date.today().isoformat()}, QEMU {versions} as Debian has them: {tried} results in {seconds / 60:.0f} min."
+    head = (
+        f"{date.today().isoformat()}, QEMU {versions} as Debian has them: {tried} migrations in {seconds / 60:.0f} min."
+    )
     return f"{head}\n\n{tables(found)}"
 
 

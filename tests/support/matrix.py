@@ -44,6 +44,7 @@ class Pair:
     """What came of one group's migrations to one release: `receive`, `send` and `relay`, each with what it said."""
 
     said: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    #: How many migrations, beside what was received.
     tried: int = 0
     #: What the same two QEMUs say with nothing between; asked where a relay or a snapshot failed.
     alone: str | None = None
@@ -92,7 +93,6 @@ class _Tried:
             said = self._attempt(lambda running, m=method, s=snapshot: self._receive(running, m, s))  # type: ignore[misc]
             for pair in self.pairs.values():
                 pair.said["receive"].add(said)
-                pair.tried += 1
             if said == WORKS:
                 snapshots.append(snapshot)
         for target, pair in self.pairs.items():
