@@ -16,7 +16,7 @@ import peers
 from multifd import open_snapshot
 from multifd.errors import MultifdError, PeerError
 from multifd.qemu.driver import Source
-from qemus import RELEASES, Qemu, Start, content
+from qemus import FAILING_CHANNELS, RELEASES, Qemu, Start, content
 from told import warns
 
 METHODS = ("none", "zlib", "zstd")
@@ -77,6 +77,18 @@ def test_settings_that_differ_are_named(
     with pytest.raises(PeerError, match=message):
         there.join()
     assert not (work / "snap").exists()
+
+
+@pytest.mark.parametrize("release", ["7.2", "11.1"])
+def test_postcopy_is_named(start: Start, work: Path, release: str) -> None:
+    """They take it together with multifd, 10.0 does not.  A relay passes it on."""
+    source = start(release, "source")
+    source.prepare(channels=FAILING_CHANNELS, postcopy_ram=True)
+    there = peers.Receiving(work / "snap", channels=FAILING_CHANNELS)
+    source.monitor.command("migrate", uri=there.uri)
+    with pytest.raises(PeerError, match="belongs to postcopy: turn postcopy-ram off on the source"):
+        there.join()
+    source.wait("failed")
 
 
 def settings(qemu: Qemu) -> tuple[object, object]:

@@ -130,16 +130,6 @@ def test_a_destination_that_does_not_fit(
             )
 
 
-def test_postcopy_is_named(start: Start, work: Path) -> None:
-    """QEMU 7.2 takes it together with multifd, 10.0 does not."""
-    source = start("7.2", "source")
-    source.prepare(channels=FAILING_CHANNELS, postcopy_ram=True)
-    with closing(Relaying(f"unix:{work}/nobody")) as relaying:
-        source.monitor.command("migrate", uri=relaying.uri)
-        source.wait("failed")
-        assert "belongs to postcopy: turn postcopy-ram off on the source" in relaying.error()
-
-
 @pytest.mark.parametrize("detection", ["none", "legacy", "multifd"])
 def test_zero_page_detection(start: Start, work: Path, detection: str) -> None:
     """Zero pages as normal ones, on the main channel, in the packets: through a relay into a snapshot."""
