@@ -69,9 +69,7 @@ def tables(found: dict[Group, dict[str, Pair]]) -> str:
 def report(found: dict[Group, dict[str, Pair]], seconds: float) -> str:
     tried = sum(len(METHODS) + sum(pair.tried for pair in outcome.values()) for outcome in found.values())
     versions = ", ".join(exact_version(release) for release in RELEASES)
-    head = (
-        f"{date.today().isoformat()}, QEMU {versions} as Debian has them: {tried} migrations in {seconds / 60:.0f} min."
-    )
+    head = f"{date.today().isoformat()}, QEMU {versions} as Debian has them: {tried} migrations in {seconds:.0f} s."
     return f"{head}\n\n{tables(found)}"
 
 
@@ -99,7 +97,8 @@ def main() -> None:
             found[group] = outcome
             for target, pair in outcome.items():
                 words = "works" if pair.works else explained(pair)
-                print(f"{time.monotonic() - began:5.0f} s  {group} to {target}: {words}", file=sys.stderr, flush=True)
+                which = f"{group.board.system} {group.kind}, {group.source} to {target}"
+                print(f"{time.monotonic() - began:5.0f} s  {which}: {words}", file=sys.stderr, flush=True)
     text = report(found, time.monotonic() - began)
     if arguments.write:
         write(arguments.write, text)

@@ -31,7 +31,7 @@ class Group:
     source: str
 
     def __str__(self) -> str:
-        return f"{self.board}-{self.kind}-{self.source}"
+        return f"{self.board.system}-{self.kind}-{self.source}"
 
     @property
     def targets(self) -> Sequence[str]:
