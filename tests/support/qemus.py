@@ -53,19 +53,21 @@ class Qemu:
         machine: str = "q35",
         mib: int = MIB,
         incoming: bool = False,
+        shared: bool = True,
         more: Sequence[str] = (),
         system: str = "x86_64",
         block: str = "pc.ram",
     ) -> None:
-        """`block` is the name that the machine has for its RAM."""
+        """Where it is not `shared`, its RAM is its own, and in no file; `block` is the machine's name for it."""
         self.ram = folder / f"{name}.ram"
         self.log = folder / f"{name}.log"
         self.qmp = qmp = folder / f"{name}.qmp"
+        memory = f"memory-backend-file,mem-path={self.ram},share=on" if shared else "memory-backend-ram"
         command = [
             binary(release, system),
             *("-accel", "tcg", "-m", f"{mib}M", "-uuid", UUID, "-S"),
             *("-machine", f"{machine},memory-backend={block}"),
-            *("-object", f"memory-backend-file,id={block},size={mib}M,mem-path={self.ram},share=on"),
+            *("-object", f"{memory},id={block},size={mib}M"),
             *("-nodefaults", "-display", "none", "-vga", "none"),
             *("-qmp", f"unix:{qmp},server=on,wait=off"),
             *(("-incoming", "defer") if incoming else ()),

@@ -19,6 +19,8 @@ from multifd.errors import MultifdError
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+#: Seconds after which the patience is looked at again.
+LOOK = 60.0
 #: Seconds for a last word.
 TELLING = 0.2
 
@@ -131,7 +133,10 @@ def _watch(came: int, crew: Crew, thread: threading.Thread) -> int:
     poll = select.poll()
     poll.register(came, select.POLLIN)
     while True:
-        if not poll.poll(max(0.0, since + crew.patience - time.monotonic()) * 1000 if stopped else None):
+        left = since + crew.patience - time.monotonic()
+        if not poll.poll(min(max(0.0, left), LOOK) * 1000 if stopped else None):
+            if time.monotonic() < since + crew.patience:  # it may have got more meanwhile
+                continue
             leave_stuck(128 + stopped, crew.stuck() or [thread.name])
         number = os.read(came, 1)[0]
         if number == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from multifd.errors import PeerError
@@ -83,6 +83,18 @@ def by_vm(channels: Iterable[Caller]) -> dict[bytes, dict[int, Caller]]:
     for channel in channels:
         groups.setdefault(channel.init.uuid, {}).setdefault(channel.init.id, channel)
     return groups
+
+
+def likeliest_vm(main: Caller, channels: Sequence[Caller], waited: float) -> list[Caller]:
+    """Those that may be of this main channel, whose VM is not known: QEMU connects them after its main channel.
+
+    They are of the VM with most channels that came so, or, where none has come in EARLY seconds, of any; it has
+    `waited` so long.
+    """
+    later = [channel for channel in channels if channel.number > main.number]
+    if not later and waited > EARLY:
+        later = list(channels)
+    return list(max(by_vm(later).values(), key=len, default={}).values())
 
 
 def likeliest(main: Caller, channels: Iterable[Caller]) -> list[Caller]:

@@ -163,6 +163,12 @@ class SocketConnection:
         self._set(silence)
         silence.include(self.unsent)
 
+    def outlast(self) -> None:
+        """From now on it is not asked whether the other host is still there: a network that is cut may come back."""
+        if self._tcp:
+            with suppress(OSError):
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 0)
+
     def take(self, limit: int) -> bytes | None:
         """What is here, at most `limit` bytes, without waiting; None where nothing is, empty at the end.
 

@@ -10,6 +10,8 @@ from multifd.wire.packet import MAGIC, Buffer
 
 #: Kinds that are remembered: somebody may say something else each time.
 MOST_KINDS = 1000
+#: How a QEMU's connection begins for `migrate` with `resume=true`: command 10 asks for a RAM block's bitmap.
+RESUMED = b"\x08\x00\x0a"
 
 
 class Strangers:
@@ -45,6 +47,8 @@ def foreign(data: Buffer) -> str:
     """What is wrong with somebody's first bytes."""
     (magic,) = MAGIC.unpack_from(data)
     tls = ": it speaks TLS, this side does not" if bytes(data[:2]) == b"\x16\x03" else ""
+    if bytes(data[:3]) == RESUMED:
+        return "goes on with a postcopy that was cut: say migrate with resume=true with the destination's own address"
     return (
         f"begins with {magic:#010x}, neither a migration ({VM_FILE_MAGIC:#010x}) nor a multifd channel "
         f"({MULTIFD_MAGIC:#010x}){tls}"

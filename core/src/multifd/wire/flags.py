@@ -100,6 +100,7 @@ class Command(IntEnum):
     POSTCOPY_ADVISE = 3
     POSTCOPY_LISTEN = 4
     POSTCOPY_RUN = 5
+    POSTCOPY_DISCARD = 6
     PACKAGED = 7
     COLO = 8
     SWITCHOVER_START = 11
@@ -110,4 +111,6 @@ class ReturnPath(IntEnum):
 
     SHUT = 1
     PONG = 2
+    REQUEST_PAGES_OF = 3
+    REQUEST_PAGES = 4
     SWITCHOVER_ACK = 7  # QEMU 8.1 and later; 7.2 fails where one comes

@@ -140,7 +140,8 @@ class Parser:
             while cursor.position == len(cursor.buffer):
                 yield None
             data = cursor.rest()
-            self._look_for_description(data)
+            if not self._postcopy:  # there is none then, and pages may look like one
+                self._look_for_description(data)
             yield DeviceState(data)
 
     def _parts(self) -> Steps:
@@ -219,9 +220,11 @@ class Parser:
         if wanted is not None and length not in wanted:
             wants = " or ".join(map(str, wanted))
             raise cursor.wrong(f"command {number} with {length} bytes of data, not {wants}")
-        if 4 <= number <= 10 or (number == Command.POSTCOPY_ADVISE and length and not self._passes):
+        begins = 4 <= number <= 10 or (number == Command.POSTCOPY_ADVISE and length > 0)
+        if begins and not (self._passes and number in (Command.POSTCOPY_ADVISE, Command.POSTCOPY_DISCARD)):
             self._postcopy = number in (Command.POSTCOPY_LISTEN, Command.POSTCOPY_RUN, Command.PACKAGED)
-            what = "COLO" if number == Command.COLO else f"postcopy: {_POSTCOPY}"
+            remedy = "the guest is to go on at the destination" if self._postcopy and self._passes else _POSTCOPY
+            what = "COLO" if number == Command.COLO else f"postcopy: {remedy}"
             raise cursor.wrong(f"command {number} belongs to {what}", Unsupported)
         data = yield from cursor.take(length)
         self._command_at = None

@@ -9,6 +9,9 @@ from multifd.wire.flags import ReturnPath
 from multifd.wire.layout import COMMAND_HEAD, U32
 
 RETURN_MESSAGE = struct.Struct(">HHI")
+ASKING = (ReturnPath.REQUEST_PAGES_OF, ReturnPath.REQUEST_PAGES)
+#: The ping that ends the package of postcopy (QEMU 10.2 and newer), behind which the guest runs.
+PACKAGE_LOADED = 0x42
 
 
 def shut(code: int) -> bytes:
@@ -27,10 +30,14 @@ def switchover_ack() -> bytes:
 
 
 class ReturnPathParser:
-    """Reads the return path; `shut` is the code of SHUT once it came."""
+    """Reads the return path; `shut` is the code of SHUT once it came.
+
+    `runs` says that the guest runs at the destination, which fetches its pages (postcopy).
+    """
 
     def __init__(self) -> None:
         self.shut: int | None = None
+        self.runs = False
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> None:
@@ -45,4 +52,6 @@ class ReturnPathParser:
                 if length != U32.size:
                     raise PeerError(f"return path: SHUT with {length} bytes, not 4")
                 self.shut = U32.unpack_from(self._buffer, COMMAND_HEAD.size)[0]
+            elif kind in ASKING or self._buffer[:end] == pong(PACKAGE_LOADED):
+                self.runs = True
             del self._buffer[:end]

@@ -28,7 +28,8 @@ class MainChannel:
     One thread passes on, another passes back.
     `return_path` says that the destination is to answer; `sync_points` are those that the source has sent, `zero_pages`
     the pages that it named here; `blocks` are its RAM blocks, once they are known; `ended` says that it has ended its
-    stream without VM description, where it may; `opaque` is why what passes is read no more, empty while it is.
+    stream without VM description, where it may; `opaque` is why what passes is read no more, empty while it is;
+    `postcopy` that the guest's state goes, while some of its memory stays behind.
     """
 
     def __init__(self, changed: threading.Condition, plan: Plan) -> None:
@@ -40,6 +41,7 @@ class MainChannel:
         self.zero_pages = 0
         self.ended = False
         self.opaque = ""
+        self.postcopy = False
         self._changed = changed
         self._observers = plan.observers
         self._drop_switchover_start = plan.drop_switchover_start
@@ -112,14 +114,26 @@ class MainChannel:
         except PeerError as error:
             raise Ended(f"main channel: {error}") from error
 
-    def pass_back(self, destination: Connection, source: Connection, on_shut: Callable[[int], None]) -> None:
-        """The destination's answers, until it closes; `on_shut` is told its last word before that passes: 0 is good.
+    def pass_back(
+        self,
+        destination: Connection,
+        source: Connection,
+        on_run: Callable[[], None],
+        on_shut: Callable[[int], None],
+    ) -> None:
+        """The destination's answers, until it closes.
+
+        Before each passes, `on_run` is told of a guest that goes on there without all of its memory (postcopy), and
+        `on_shut` of the last word: 0 is good.
 
         Raises Lost where the source has gone.
         """
-        told = False
+        runs = told = False
         while data := destination.read_some(4096):
             self._answers.feed(data)
+            if self._answers.runs and not runs:
+                runs = True
+                on_run()
             if self._answers.shut is not None and not told:
                 told = True
                 on_shut(self._answers.shut)
@@ -174,7 +188,8 @@ class MainChannel:
                     # A source sends no page before; now the page size is known.
                     self.begun = True
                     self._changed.notify_all()
-                case Opaque(why=why):
+                case Opaque(why=why, postcopy=postcopy):
                     self.opaque = why
+                    self.postcopy = postcopy
                     self.begun = True
                     self._changed.notify_all()

@@ -16,15 +16,15 @@ from multifd.jobs.relay.channel import Channel
 from multifd.jobs.relay.channels import Channels
 from multifd.jobs.relay.counters import Sample
 from multifd.jobs.relay.mainchannel import MainChannel
-from multifd.jobs.relay.outcome import Relayed, progress
+from multifd.jobs.relay.outcome import Relayed, counters, progress
 from multifd.jobs.relay.passing import Passing
 from multifd.jobs.relay.plan import Plan
 from multifd.jobs.relay.recoding import Recoding
-from multifd.jobs.relay.verdict import FINAL, SUCCESSES, Saw, State, after, fitting, seen, told
+from multifd.jobs.relay.verdict import FINAL, SUCCESSES, Saw, State, after, fitting, in_postcopy, seen, told
 from multifd.jobs.report import EVERY, OnProgress
 from multifd.jobs.verdict import LAST_WORD
 from multifd.log import log
-from multifd.net.caller import EARLY, Caller, by_vm, likeliest
+from multifd.net.caller import Caller, likeliest, likeliest_vm
 from multifd.net.connect import connect
 from multifd.net.connection import Ended, Lost
 from multifd.net.deadline import FOREVER, LETTING_GO, Silence
@@ -58,6 +58,7 @@ class Migration:
         self._error: BaseException | None = None
         self._stopped = False
         self._answered = False
+        self._runs_there = False
         self._main = MainChannel(changed, plan)
         self._connections: list[SocketConnection] = []
         self._onward: list[SocketConnection] = []
@@ -106,16 +107,9 @@ class Migration:
         return self._caller.number
 
     def group(self, channels: Sequence[Caller]) -> list[Caller]:
-        """Which of those who wait may be its own, the likeliest first: QEMU connects them after its main channel.
-
-        All, where its VM is known; else those of the VM with most channels that came so, or, where none does within
-        EARLY seconds, of any.
-        """
+        """Which of those who wait may be its own, the likeliest first; all, where its VM is known."""
         if self._channels.uuid is None:
-            later = [channel for channel in channels if channel.number > self._caller.number]
-            if not later and time.monotonic() - self._started > EARLY:
-                later = list(channels)
-            return list(max(by_vm(later).values(), key=len, default={}).values())
+            return likeliest_vm(self._caller, channels, time.monotonic() - self._started)
         return likeliest(self._caller, channels)
 
     def begin(self, on_progress: OnProgress | None) -> None:
@@ -182,11 +176,12 @@ class Migration:
         """After `join`: its source's channels, to be let go where it failed."""
         return self._connections[1:]
 
-    def stop(self) -> None:
-        """End it, wherever it is."""
+    def stop(self) -> bool:
+        """End it, unless its guest's memory is in two places (postcopy): False, and it ends by itself."""
         with self._changed:
-            self._stopped = True
+            self._stopped = self._state in FINAL or not self._main.postcopy
             self._changed.notify_all()
+            return self._stopped
 
     def _let_go(self) -> None:
         """A source that has its answer, or ended, closes first: taken from it, it would fail."""
@@ -276,10 +271,11 @@ class Migration:
                 self._saw(Saw.SYNC)
             case RamEnd():
                 self._saw(Saw.RAM_END)
-            case Opaque(why=why, postcopy=postcopy):
+            case Opaque(why=why):
+                with self._changed:
+                    if self._stopped:  # from here on `stop` would wait for its end
+                        raise Cancelled("the relay was stopped")
                 log.warning(f"main channel: {why}; what follows passes unread, and rounds are not checked")
-                if postcopy:  # to end it would be the guest's end
-                    self._silence.timeout = FOREVER
                 self._saw(Saw.OPAQUE)
 
     def _serve_channel(self, connection: SocketConnection, init: InitPacket) -> None:
@@ -335,7 +331,7 @@ class Migration:
     def _pass_back(self, destination: SocketConnection, source: SocketConnection) -> None:
         """Also finds out what the destination's end means."""
         try:
-            self._main.pass_back(destination, source, self._shut)
+            self._main.pass_back(destination, source, self._run_there, self._shut)
         except Lost as lost:
             raise Ended("the source has gone") from lost
         finally:
@@ -354,6 +350,14 @@ class Migration:
             left = " before it had taken all that it was sent"
         self._saw(Saw.DESTINATION_CLOSED, Lost(f"{GONE}{left}"))
 
+    def _run_there(self) -> None:
+        """The guest goes on at the destination, and waits for its memory as long as it takes."""
+        with self._changed:
+            self._runs_there = True
+            self._silence.timeout = FOREVER
+            for connection in (*self._connections, *self._onward):
+                connection.outlast()
+
     def _shut(self, code: int) -> None:
         """The destination has said its last word; here before it reaches the source, which then closes."""
         if code:
@@ -369,22 +373,16 @@ class Migration:
             uuid = self._plan.uuid or self._channels.uuid
             methods = self._channels.methods if self._plan.to is None else self._plan.to.flags
             shown = fitting(self._main.machine, uuid, methods, len(self._channels.ids), self._main.blocks)
-            return told(self._state, self._error, shown, passed_on=self._main.ended)
+            error = told(self._state, self._error, shown, passed_on=self._main.ended)
+            return in_postcopy(self._state, error, runs_there=self._runs_there) if self._main.postcopy else error
         return self._error
 
     def counters(self) -> dict[Sample, float]:
-        """What went through so far; the main channel has no method."""
-        found: dict[Sample, float] = {}
+        """What went through so far."""
         with self._changed:
             channels = list(self._channels.running.values())
-            source, destination = self._source, self._destination
         to = self._plan.to.method if self._plan.to is not None else None
-        for channel in channels:
-            found |= channel.counters(to)
-        found[Sample("bytes", (("direction", "in"), ("channel", "main")))] = source.bytes_read
-        if destination is not None:
-            found[Sample("bytes", (("direction", "out"), ("channel", "main")))] = destination.bytes_written
-        return found
+        return counters((self._source, self._destination), channels, to)
 
     def _result(self) -> Relayed:
         assert self._destination is not None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from multifd.jobs.relay.channel import Channel
+from multifd.jobs.relay.counters import Sample
 from multifd.jobs.relay.mainchannel import MainChannel
 from multifd.jobs.report import Progress
 from multifd.net.socket import SocketConnection
@@ -82,6 +83,20 @@ class Relayed:
             source_address=about["source"],
             destination_address=about["destination"],
         )
+
+
+def counters(
+    main: tuple[SocketConnection, SocketConnection | None], channels: Sequence[Channel], to: str | None
+) -> dict[Sample, float]:
+    """What went through so far; the main channel, from its source and to its destination, has no method."""
+    source, destination = main
+    found: dict[Sample, float] = {}
+    for channel in channels:
+        found |= channel.counters(to)
+    found[Sample("bytes", (("direction", "in"), ("channel", "main")))] = source.bytes_read
+    if destination is not None:
+        found[Sample("bytes", (("direction", "out"), ("channel", "main")))] = destination.bytes_written
+    return found
 
 
 def progress(

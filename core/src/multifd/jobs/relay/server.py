@@ -33,7 +33,7 @@ from multifd.jobs.report import OnProgress, check_page_size
 from multifd.log import about, log
 from multifd.net import parting
 from multifd.net.caller import Caller
-from multifd.net.deadline import DEFAULT_TIMEOUT, Silence
+from multifd.net.deadline import DEFAULT_TIMEOUT, FOREVER, Silence
 from multifd.net.door import Door
 from multifd.net.listener import Listener
 from multifd.net.security import connecting_wrap, listening_wrap
@@ -142,7 +142,11 @@ class Relay:
             self._listener.close()
 
     def stop(self) -> None:
-        """Let `serve` return; safe from any thread, and twice."""
+        """Let `serve` return; safe from any thread, and twice.
+
+        A migration under way is ended, but not while its guest's memory is in two places (postcopy): that one is
+        served to its end first.
+        """
         self._crew.cancel()
 
     def counters(self) -> dict[Sample, float]:
@@ -201,7 +205,12 @@ class Relay:
             migration.begin(on_progress)
             self._attend(door, migration)
         finally:
-            migration.stop()
+            if not migration.stop():
+                self._crew.patience = FOREVER
+                log.warning(
+                    "the guest's memory is in two places (postcopy): the relay goes on until the migration has ended; "
+                    "a second signal ends it"
+                )
             try:
                 outcome = migration.join()
             except MultifdError as error:

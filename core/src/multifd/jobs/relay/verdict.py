@@ -111,6 +111,22 @@ def told(state: State, error: MultifdError, shown: str = "", *, passed_on: bool 
     return error
 
 
+def in_postcopy(state: State, error: MultifdError, *, runs_there: bool) -> MultifdError:
+    """The error of `told`, once the guest's state has gone to the destination, and some of its memory has not."""
+    hint = ""
+    if runs_there:
+        hint = (
+            "; the guest's memory is in two places (postcopy): say migrate-recover on the destination's monitor, then "
+            "migrate with resume=true on the source's, with the destination's own address"
+        )
+    elif state is State.LOST:
+        hint = (
+            "; the guest does not run there yet (postcopy): if the destination waits for one more connection, turn "
+            "postcopy-preempt off on both sides"
+        )
+    return type(error)(f"{error}{hint}")
+
+
 def fitting(
     machine: str, uuid: bytes | None, methods: Iterable[int], channels: int, blocks: Sequence[Block] = ()
 ) -> str:
