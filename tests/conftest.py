@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-pytest.register_assert_rewrite("captures", "commands", "peers", "qemus", "relaying", "strangers", "streams")
+pytest.register_assert_rewrite("captures", "commands", "guest", "peers", "qemus", "relaying", "strangers", "streams")
 
 import prove
 import standin as standin_module

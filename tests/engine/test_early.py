@@ -172,7 +172,6 @@ UNREAD = {
     "block": early(1, 9, b"", "block") + early(2, 9, b"sectors"),
     "another command of postcopy": b"\x08\x00\x0a\x00\x00",
     "postcopy, huge pages": b"\x08\x00\x03\x00\x10" + struct.pack(">QQ", 0x201000, 4096),
-    "postcopy listens": b"\x08\x00\x04\x00\x00",
 }
 
 

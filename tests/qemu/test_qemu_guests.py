@@ -7,48 +7,12 @@ from pathlib import Path
 
 import pytest
 
-import guest
 import multifd
 import peers
+from guest import Guest
 from multifd import open_snapshot
-from qemus import Qemu, Start, common
+from qemus import Start
 from relaying import Relaying, closing
-from standin import Missing
-
-
-class Guest:
-    """A Linux guest that runs in a QEMU, and moves to others, of another release where that is given.
-
-    Not 7.2: without us, too, it loses pages that a guest dirties under TCG.
-    """
-
-    def __init__(self, start: Start, work: Path, release: str = "10.0", to: str = "10.0") -> None:
-        self._start = start
-        self._releases = (release, to)
-        self._work = work
-        self.serials: list[Path] = []
-        self.qemu = self.new("first", incoming=False)
-        self.qemu.monitor.command("cont")
-        self.beats(3)
-
-    def new(self, name: str, *, incoming: bool = True) -> Qemu:
-        serial = self._work / f"{name}.serial"
-        try:
-            more = guest.options(self._work, serial)
-        except Missing as missing:
-            pytest.skip(str(missing))
-        self.serials.append(serial)
-        machine = common(*self._releases)
-        return self._start(self._releases[incoming], name, machine=machine, incoming=incoming, mib=128, more=more)
-
-    def beats(self, count: int) -> None:
-        """So many more beats, none missing since the first."""
-        before = len(guest.beats(*self.serials))
-        assert peers.eventually(lambda: len(guest.beats(*self.serials)) >= before + count, 60), self.serials[
-            -1
-        ].read_text()
-        found = guest.beats(*self.serials)
-        assert found == list(range(1, len(found) + 1)), "a beat is missing"
 
 
 PAIRS = [("10.0", "10.0"), ("10.0", "11.1"), ("11.1", "10.0"), ("11.1", "11.1")]

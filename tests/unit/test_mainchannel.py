@@ -10,7 +10,7 @@ import streams
 from captures import CAPTURES, Capture
 from multifd.errors import PeerError
 from multifd.wire.block import Block
-from multifd.wire.events import BlockList, Configuration, DeviceState, Event, SyncPoint, ZeroPages
+from multifd.wire.events import BlockList, Configuration, DeviceState, Event, Opaque, SyncPoint, ZeroPages
 from multifd.wire.mainchannel import Parser, find_description
 from multifd.wire.returnpath import ReturnPathParser, pong, shut
 from multifd.wire.writer import Writer
@@ -216,3 +216,34 @@ def test_the_return_path_is_read_in_any_pieces() -> None:
     assert pong(1) == bytes.fromhex("0002000400000001")
     with pytest.raises(PeerError, match="SHUT with 0 bytes"):
         ReturnPathParser().feed(bytes.fromhex("00010000"))
+
+
+@pytest.mark.parametrize(
+    ("said", "runs"),
+    [
+        (pong(1), False),
+        (pong(0x42), True),
+        (bytes.fromhex("0004000c") + bytes(12), True),
+        (bytes.fromhex("00030013") + bytes(12) + b"\x06pc.ram", True),
+        (bytes.fromhex("00070000"), False),
+    ],
+)
+def test_the_return_path_tells_that_the_guest_runs_there(said: bytes, runs: bool) -> None:
+    parser = ReturnPathParser()
+    for byte in pong(1) + said:
+        assert not parser.runs
+        parser.feed(bytes([byte]))
+    assert parser.runs is runs
+
+
+@pytest.mark.parametrize("number", [4, 5, 7])
+def test_behind_the_switch_of_postcopy_nothing_ends_the_stream(number: int) -> None:
+    """A page may hold what looks like a VM description."""
+    parser = Parser(passes=True)
+    parser.feed(head() + b"\x08\x00\x03\x00\x10" + struct.pack(">QQ", 4096, 4096))
+    assert not any(isinstance(event, Opaque) for event in parser.events())
+    parser.feed(b"\x08\x00\x06\x00\x03abc" + bytes([8, 0, number, 0, 0]) + b"\x00\x06\x00\x00\x00\x02{}")
+    (opaque,) = [event for event in parser.events() if isinstance(event, Opaque)]
+    assert opaque.postcopy
+    assert f"command {number} belongs to postcopy: the guest is to go on at the destination" in opaque.why
+    assert not parser.complete

@@ -34,7 +34,7 @@ COMMAND_LENGTHS: dict[int, tuple[int, ...]] = {
 #: A description longer than this is not looked for (QEMU's are some 10 KiB to a few 100 KiB).
 MAX_DESCRIPTION = 16 << 20
 
-_POSTCOPY = "turn postcopy-ram off on the source, this side cannot take it"
+_POSTCOPY = "turn postcopy-ram off on the source (receive --qmp does), this side cannot take it"
 
 
 class Parser:
