@@ -130,6 +130,26 @@ def test_a_destination_that_does_not_fit(
             )
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_postcopy_that_is_on_and_not_used(start: Start, work: Path, there: bool) -> None:
+    """QEMU 7.2 takes it together with multifd, 10.0 does not; on at its source, it has to be on at the destination."""
+    source = start("7.2", "source")
+    target = start("7.2", "target", incoming=True)
+    source.fill(content())
+    source.prepare(channels=FAILING_CHANNELS, postcopy_ram=True)
+    target.prepare(channels=FAILING_CHANNELS, postcopy_ram=there)
+    with closing(Relaying(target.listen(f"unix:{work}/incoming"))) as relaying:
+        source.monitor.command("migrate", uri=relaying.uri)
+        if there:
+            source.wait("completed")
+            result = relaying.result()
+            assert (result.confirmed, result.rounds_checked) == (True, True)
+            assert target.ram.read_bytes() == content()
+        else:
+            source.wait("failed")
+            assert "multifd with 1 channel, postcopy-ram, RAM blocks " in relaying.error()
+
+
 @pytest.mark.parametrize("detection", ["none", "legacy", "multifd"])
 def test_zero_page_detection(start: Start, work: Path, detection: str) -> None:
     """Zero pages as normal ones, on the main channel, in the packets: through a relay into a snapshot."""

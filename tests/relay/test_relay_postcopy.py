@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -33,7 +34,7 @@ def keeping(sent: streams.Stream) -> peers.Keeping:
 
 
 @contextmanager
-def unfinished(uri: str, sent: streams.Stream, left: int = 1) -> Iterator[Sequence[peers.socket.socket]]:
+def unfinished(uri: str, sent: streams.Stream, left: int = 1) -> Iterator[Sequence[socket.socket]]:
     """A source that has sent all but the last bytes of its main channel."""
     with ExitStack() as stack:
         socks = [stack.enter_context(peers.dial(uri)) for _ in (sent.main, *sent.channels)]
@@ -91,7 +92,7 @@ def test_a_destination_that_does_not_begin_is_not_waited_for_longer_than_any() -
     """It has the guest's state, and says nothing: the source can go on."""
     sent = stream(PACKAGED)
     pages = bytes(64 << 20)
-    with peers.socket.create_server(("127.0.0.1", 0)) as server:
+    with socket.create_server(("127.0.0.1", 0)) as server:
         uri = f"tcp:127.0.0.1:{server.getsockname()[1]}"
         with closing(Relaying(uri, timeout=1)) as relaying, unfinished(relaying.uri, sent) as (main, *_):
             with pytest.raises(ConnectionError):

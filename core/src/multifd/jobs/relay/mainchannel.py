@@ -29,7 +29,8 @@ class MainChannel:
     `return_path` says that the destination is to answer; `sync_points` are those that the source has sent, `zero_pages`
     the pages that it named here; `blocks` are its RAM blocks, once they are known; `ended` says that it has ended its
     stream without VM description, where it may; `opaque` is why what passes is read no more, empty while it is;
-    `postcopy` that the guest's state goes, while some of its memory stays behind.
+    `advised` that the source has postcopy-ram on, `postcopy` that the guest's state goes, while some of its memory
+    stays behind.
     """
 
     def __init__(self, changed: threading.Condition, plan: Plan) -> None:
@@ -41,6 +42,7 @@ class MainChannel:
         self.zero_pages = 0
         self.ended = False
         self.opaque = ""
+        self.advised = False
         self.postcopy = False
         self._changed = changed
         self._observers = plan.observers
@@ -179,6 +181,8 @@ class MainChannel:
                     self.machine = machine
                 case CommandReceived(number=Command.OPEN_RETURN_PATH):
                     self.return_path = True
+                case CommandReceived(number=Command.POSTCOPY_ADVISE, data=data):
+                    self.advised = bool(data)
                 case SyncPoint():
                     self.sync_points += 1
                 case ZeroPages(offsets=offsets):

@@ -372,7 +372,8 @@ class Migration:
         if isinstance(self._error, MultifdError):
             uuid = self._plan.uuid or self._channels.uuid
             methods = self._channels.methods if self._plan.to is None else self._plan.to.flags
-            shown = fitting(self._main.machine, uuid, methods, len(self._channels.ids), self._main.blocks)
+            main, channels = self._main, len(self._channels.ids)
+            shown = fitting(main.machine, uuid, methods, channels, main.blocks, postcopy=main.advised)
             error = told(self._state, self._error, shown, passed_on=self._main.ended)
             return in_postcopy(self._state, error, runs_there=self._runs_there) if self._main.postcopy else error
         return self._error

@@ -128,7 +128,13 @@ def in_postcopy(state: State, error: MultifdError, *, runs_there: bool) -> Multi
 
 
 def fitting(
-    machine: str, uuid: bytes | None, methods: Iterable[int], channels: int, blocks: Sequence[Block] = ()
+    machine: str,
+    uuid: bytes | None,
+    methods: Iterable[int],
+    channels: int,
+    blocks: Sequence[Block] = (),
+    *,
+    postcopy: bool = False,
 ) -> str:
     """What a destination has to be for what it was shown, as far as that is known; `methods` by their numbers."""
     shown = [f"machine {machine}"] if machine else []
@@ -138,6 +144,8 @@ def fitting(
         shown.append(f"method {'+'.join(names)}")
     if channels:
         shown.append(f"multifd with {counted(channels, 'channel')}")
+    if postcopy:
+        shown.append("postcopy-ram")
     if blocks:
         shown.append(f"RAM blocks {listed(blocks)}")
     return ", ".join(shown)
