@@ -14,7 +14,6 @@ from multifd import open_snapshot
 from qemus import Start
 from relaying import Relaying, closing
 
-
 PAIRS = [("10.0", "10.0"), ("10.0", "11.1"), ("11.1", "10.0"), ("11.1", "11.1")]
 
 

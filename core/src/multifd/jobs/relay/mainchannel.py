@@ -12,7 +12,16 @@ from multifd.net.security import warn_exposed
 from multifd.net.socket import SocketConnection
 from multifd.observe.hooks import BACK, IN, OUT
 from multifd.wire.block import Block
-from multifd.wire.events import BlockList, CommandReceived, Configuration, Event, Opaque, SyncPoint, ZeroPages
+from multifd.wire.events import (
+    BlockList,
+    CommandReceived,
+    Configuration,
+    DeviceState,
+    Event,
+    Opaque,
+    SyncPoint,
+    ZeroPages,
+)
 from multifd.wire.flags import Command
 from multifd.wire.layout import COMMAND_HEAD
 from multifd.wire.mainchannel import Parser
@@ -30,7 +39,7 @@ class MainChannel:
     the pages that it named here; `blocks` are its RAM blocks, once they are known; `ended` says that it has ended its
     stream without VM description, where it may; `opaque` is why what passes is read no more, empty while it is;
     `advised` that the source has postcopy-ram on, `postcopy` that the guest's state goes, while some of its memory
-    stays behind.
+    stays behind, and `followed` are the bytes that have passed since.
     """
 
     def __init__(self, changed: threading.Condition, plan: Plan) -> None:
@@ -44,6 +53,7 @@ class MainChannel:
         self.opaque = ""
         self.advised = False
         self.postcopy = False
+        self.followed = 0
         self._changed = changed
         self._observers = plan.observers
         self._drop_switchover_start = plan.drop_switchover_start
@@ -192,6 +202,8 @@ class MainChannel:
                     # A source sends no page before; now the page size is known.
                     self.begun = True
                     self._changed.notify_all()
+                case DeviceState(data=data) if self.postcopy:
+                    self.followed += len(data)
                 case Opaque(why=why, postcopy=postcopy):
                     self.opaque = why
                     self.postcopy = postcopy

@@ -102,8 +102,8 @@ def counters(
 def progress(
     seconds: float, main: MainChannel, destination: SocketConnection | None, channels: Sequence[Channel]
 ) -> Progress:
-    """How far one is; its main channel may not have reached the destination yet."""
-    pages = main.zero_pages + sum(channel.counts.pages for channel in channels)
+    """How far one is; its main channel may not have reached the destination yet.  In postcopy it is about that."""
+    pages = main.zero_pages + main.followed // main.page_size + sum(channel.counts.pages for channel in channels)
     wire = sum(channel.destination.bytes_written for channel in channels)
     wire += destination.bytes_written if destination is not None else 0
     return Progress(seconds, pages, main.memory_bytes // main.page_size, pages * main.page_size, wire)
