@@ -14,6 +14,7 @@ from guest import Guest
 from peers import eventually
 from processes import Command
 from qemus import Qemu, Start, content
+from relaying import Relaying, closing
 
 #: Of those that can be had, the one that takes postcopy together with multifd on both sides.
 RELEASE = "11.1"
@@ -134,6 +135,28 @@ def test_a_signal_waits_for_a_guest_in_two_places(start: Start, work: Path) -> N
     source.monitor.command("migrate", uri=f"unix:{work}/again", resume=True)
     completed(source, target)
     linux.beats(2)
+
+
+@pytest.mark.may_warn("passes unread, and rounds are not checked")
+def test_every_byte_arrives_over_tls(start: Start, work: Path, creds: Path) -> None:
+    """Of a guest that is paused, whose memory is in a file at both sides."""
+    ends = [
+        ["-object", f"tls-creds-x509,id=tls0,dir={creds},endpoint={endpoint},verify-peer=on"]
+        for endpoint in ("client", "server")
+    ]
+    source, target = start(RELEASE, "source", more=ends[0]), start(RELEASE, "target", incoming=True, more=ends[1])
+    source.fill(content())
+    source.prepare(return_path=True, postcopy_ram=True, tls_creds="tls0", max_bandwidth=4_000_000)
+    target.prepare(method="zlib", postcopy_ram=True, tls_creds="tls0")
+    where = target.listen("tcp:127.0.0.1:0")
+    with closing(Relaying(where, to="zlib", listen_tls_creds=creds, connect_tls_creds=creds)) as relaying:
+        source.monitor.command("migrate", uri=relaying.uri)
+        assert eventually(lambda: ram(source, "normal") > 200)
+        source.monitor.command("migrate-start-postcopy")
+        completed(source, target)
+        result = relaying.result()
+    assert target.ram.read_bytes() == content()
+    assert (result.confirmed, result.rounds_checked) == (True, False)
 
 
 def test_a_relay_names_a_source_that_went(start: Start, work: Path) -> None:
