@@ -27,6 +27,16 @@ from multifd.net.uri import Uri
 from told import warns
 
 
+def test_a_connection_that_is_to_outlast_its_network_probes_no_more() -> None:
+    silence = Silence(1)
+    with closing(Listener(Uri.parse("tcp:127.0.0.1:0"), Silence(30))) as listener:
+        connection = connect(listener.uri, silence)
+        with closing(connection), socket.socket(fileno=os.dup(connection.fileno())) as same:
+            assert same.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            connection.outlast()
+            assert same.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 0
+
+
 def test_a_writer_hears_of_a_reset_at_once() -> None:
     """It had filled our buffers, they were drained after the end: nothing else would tell it."""
     silence = Silence(peers.TIMEOUT)
