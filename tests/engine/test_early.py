@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 import struct
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -243,3 +245,75 @@ def test_a_page_size_that_nothing_tells_is_asked_for(work: Path) -> None:
         multifd.receive(f"recording:{recording}", work / "snap")
     multifd.receive(f"recording:{recording}", work / "snap", page_size=8192)
     assert (work / "snap" / "0-pc.ram.raw").read_bytes() == stream.ram["pc.ram"]
+
+
+def unread(*, channels: Sequence[bytes | None], main: bytes | None = None, ends: Collection[int] = ()) -> str:
+    """What a relay says of a source without return path whose main channel it cannot read.
+
+    A channel that is None never comes; those in `ends` the source ends.  The destination takes all that comes, then
+    goes.
+    """
+    stream = with_early(b"", UNREAD["vfio"])
+    sent = [main or stream.main, *(data for data in channels if data is not None)]
+    there = peers.Keeping(len(sent) - 1, b"", everything=sum(map(len, sent)))
+    with closing(Relaying(there.uri, timeout=3)) as relaying:
+        socks = [peers.dial(relaying.uri) for _ in sent]
+        for number, (sock, data) in enumerate(zip(socks, sent, strict=True)):
+            sock.sendall(data)
+            if number in ends:
+                sock.shutdown(socket.SHUT_WR)
+        said = relaying.error()
+        for sock in socks:
+            sock.close()
+    there.join()
+    return said
+
+
+@pytest.mark.may_warn("passes unread, and rounds are not checked")
+@pytest.mark.parametrize("what", ["a channel that goes on", "half a packet", "no channel"])
+def test_what_is_not_all_there_is_no_success_though_nobody_is_asked(what: str) -> None:
+    """The destination alone can tell, and is not asked: it closes as one that is done."""
+    whole, other = with_early(b"", UNREAD["vfio"]).channels
+    if what == "a channel that goes on":
+        said = unread(channels=[whole, other], ends=[0, 1])
+    elif what == "half a packet":
+        said = unread(channels=[whole[:100_000], other], ends=[0, 2])
+    else:
+        said = unread(channels=[None, None], ends=[0])
+    assert "the destination closed the connection before it had taken all that it was sent" in said
+
+
+@pytest.mark.may_warn("passes unread, and rounds are not checked")
+def test_what_looks_like_an_end_in_the_middle_is_none() -> None:
+    """State that nobody here can read may hold the bytes of a VM description."""
+    stream = with_early(b"", early(1, 9, b"x" + streams.description(), "0000:00:02.0/vfio"))
+    cut = stream.main[: stream.main.index(streams.description()) + len(streams.description())]
+    there = peers.Keeping(2, b"", described=False)
+    with closing(Relaying(there.uri, timeout=3)) as relaying:
+        socks = [peers.dial(relaying.uri) for _ in range(3)]
+        for sock, data in zip(socks, [cut, *stream.channels], strict=True):
+            sock.sendall(data)
+        time.sleep(0.3)  # that much has passed, and looks like an end
+        socks[0].sendall(b"more")
+        for sock in socks:
+            sock.shutdown(socket.SHUT_WR)
+        assert "the source ended early: cancelled, or gone" in relaying.error()
+        for sock in socks:
+            sock.close()
+    there.join()
+
+
+def test_a_destination_that_never_answers_is_given_up_once_the_source_has_gone() -> None:
+    stream = streams.small(return_path=True, channels=1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        host, port = server.getsockname()
+        with closing(Relaying(f"tcp:{host}:{port}", timeout=1)) as relaying:
+            socks = [peers.dial(relaying.uri) for _ in range(2)]
+            for sock, data in zip(socks, [stream.main, *stream.channels], strict=True):
+                sock.sendall(data)
+            taken = [server.accept()[0] for _ in range(2)]
+            for sock in socks:
+                sock.shutdown(socket.SHUT_WR)
+            assert "nothing moved for 1 s" in relaying.error()
+            for sock in (*socks, *taken):
+                sock.close()

@@ -170,9 +170,8 @@ SETTINGS: list[tuple[str, str, list[str], list[str]]] = [
         "postcopy-ram postcopy-preempt",
         [
             (
-                "postcopy-preempt is on on the source: with multifd such a migration never ends: on the source's "
-                "monitor: "
-                "migrate_set_capability postcopy-preempt off"
+                "postcopy-preempt is on on the source: a relay cannot pass the connection that it opens: on the "
+                "source's monitor: migrate_set_capability postcopy-preempt off"
             )
         ],
         [],

@@ -76,7 +76,8 @@ class Convergence:
             return (
                 f"the source sends rounds of less than {SHORT:g} s for {now - self._short_since:.0f} s, and does not "
                 "stop its guest: it may wait for switchover-ack: turn that capability off at the source, or on at its "
-                "destination too; for a snapshot, receive with --qmp"
+                "destination too; or its downtime-limit is less than a round takes: raise it; for a snapshot, receive "
+                "with --qmp"
             )
         if len(self._rounds) < ROUNDS:
             return ""

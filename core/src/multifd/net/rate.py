@@ -15,7 +15,7 @@ CATCH_UP = 0.25
 #: What is written at once is of so many seconds at most, so that the other side hears something now and then, but of so
 #: many bytes at least.
 STEP = 0.1
-LEAST = 4096
+LEAST = 512
 
 
 class Rate:

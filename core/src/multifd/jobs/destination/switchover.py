@@ -30,7 +30,7 @@ class Switchover:
             self._acked = True
             with suppress(Lost):  # a source that has gone: what is missing then tells
                 main.write([switchover_ack()])
-        waits = return_path and not self._acked
+        waits = return_path and not self._acked and channels.recent_source
         found = self._convergence.sync_point(channels.passes, pages, page_size, time.monotonic(), may_wait=waits)
         if found and not self.seen_to:
             log.warning(found)

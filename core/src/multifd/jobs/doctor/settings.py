@@ -40,7 +40,7 @@ def compare_capabilities(source: Side, destination: Side) -> Iterator[Trouble]:
 def _postcopy(source: Side, destination: Side) -> Iterator[Trouble]:
     if source.on("postcopy-preempt"):
         yield Trouble(
-            "postcopy-preempt is on on the source: with multifd such a migration never ends",
+            "postcopy-preempt is on on the source: a relay cannot pass the connection that it opens",
             _off("postcopy-preempt", "source"),
         )
     if source.on("postcopy-ram") and not destination.on("postcopy-ram"):

@@ -87,9 +87,9 @@ class Channels:
         channels = self.running.values()
         passes = max((channel.passes.ended for channel in channels), default=0)
         pages = sum(channel.counts.pages for channel in channels) + main.zero_pages
-        if found := self._convergence.sync_point(
-            passes, pages, main.page_size, time.monotonic(), may_wait=main.return_path
-        ):
+        # Older ones know no switchover-ack.
+        waits = main.return_path and self._numbers is not None and self._numbers.recent
+        if found := self._convergence.sync_point(passes, pages, main.page_size, time.monotonic(), may_wait=waits):
             log.warning(found)
 
     def judge_rounds(self, page_size: int) -> None:
@@ -134,8 +134,21 @@ class Channels:
         for channel in self.running.values():
             channel.numbers.check_end(channel.id, channel.syncs, points)
 
-    def all_taken(self, onward: Sequence[SocketConnection]) -> bool:
-        """Whether the destination has taken all bytes that mean something, as far as its kernel says.  Not locked."""
+    def all_taken(self, main: MainChannel, onward: Sequence[SocketConnection]) -> bool:
+        """Whether all that the source sent has passed, and the destination has taken all bytes of it that mean
+        something, as far as its kernel says.  Not locked.
+
+        Where the main channel was read, all channels were accounted for before its last byte passed; else the source
+        has to have ended each of them.
+        """
+
+        def passed() -> bool:
+            whole = len(self.running) == len(self.ids) > 0 and all(channel.ended for channel in self.running.values())
+            return main.passed and (whole or not main.opaque)
+
+        with self._changed:
+            if not self._changed.wait_for(passed, LAST_WORD):
+                return False
         spared = [channel.destination for channel in self.running.values() if channel.numbers.merged]
         deadline = time.monotonic() + LAST_WORD
         while any(connection.untaken() for connection in onward if connection not in spared):

@@ -39,7 +39,8 @@ class MainChannel:
     the pages that it named here; `blocks` are its RAM blocks, once they are known; `ended` says that it has ended its
     stream without VM description, where it may; `opaque` is why what passes is read no more, empty while it is;
     `advised` that the source has postcopy-ram on, `postcopy` that the guest's state goes, while some of its memory
-    stays behind, and `followed` are the bytes that have passed since.
+    stays behind, and `followed` are the bytes that have passed since; `passed` that the source's stream has come to its
+    end, and the destination has been sent all of it.
     """
 
     def __init__(self, changed: threading.Condition, plan: Plan) -> None:
@@ -50,6 +51,7 @@ class MainChannel:
         self.blocks: Sequence[Block] = ()
         self.zero_pages = 0
         self.ended = False
+        self.passed = False
         self.opaque = ""
         self.advised = False
         self.postcopy = False
@@ -100,6 +102,8 @@ class MainChannel:
         data = head
         complete = False
         while data:
+            with self._changed:
+                self.passed = False
             self._observers.main(IN, data)
             for passed in self._read_along(data, on_event):
                 if passed:
@@ -108,8 +112,11 @@ class MainChannel:
                 if self.complete and not complete:
                     complete = True
                     on_complete()
+            with self._changed:
+                self.passed = self.complete
+                self._changed.notify_all()
             data = source.read_some(MAIN_READ)
-        if not complete:
+        if not self.complete:  # though it looked so in between
             self._end()
             with self._changed:  # before it is complete: the destination may close at once
                 self.ended = True

@@ -254,10 +254,11 @@ class Migration:
             raise Lost(GONE) from lost
         with self._changed:
             for connection in self._onward:
-                # Nothing more comes; the destination closes in its turn, when it is done.  But QEMU 10.0 takes the end
-                # of a multifd channel without TLS's goodbye for a failure, and may leave a goodbye unread.
+                # Nothing more comes; the destination closes in its turn, when done.  But QEMU 10.0 takes the end of a
+                # multifd channel without TLS's goodbye for a failure, and may leave a goodbye unread.
                 if connection is destination or (type(connection) is SocketConnection and not self._main.opaque):
                     connection.finish()
+            self._silence.awaited = self._main.return_path  # its answer is late
 
     def _note(self, event: Event) -> None:
         match event:
@@ -345,7 +346,7 @@ class Migration:
         if self._main.ended:
             self._saw(Saw.SOURCE_ENDED, Ended("main channel: it ended without VM description"))
         elif self._state is State.PASSED_ON and not self._main.return_path:
-            if self._channels.all_taken(self._onward):
+            if self._channels.all_taken(self._main, self._onward):
                 self._saw(Saw.DESTINATION_DONE)
             left = " before it had taken all that it was sent"
         self._saw(Saw.DESTINATION_CLOSED, Lost(f"{GONE}{left}"))
