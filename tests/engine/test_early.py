@@ -91,6 +91,8 @@ def test_each_kind_is_read_whole(kind: Callable[[int], bytes], piece: int) -> No
         (htab() + early(1, 0x232, b"\xff" * 4, "spapr/htab"), "has the number of another one"),
         (early(1, 1, b"\xff" * 4, "spapr/htab"), "has the number of another one"),
         (virtio_mem(37) + b"\x02" + struct.pack(">I", 37), "section 37 goes on, and never began"),
+        (no_htab(9) + early(3, 9, b"\xff" * 4) + early(2, 9, b"\xff" * 4), "section 9 goes on, and never began"),
+        (b"".join(early(1, 100 + n, b"\1", "dirty-bitmap") for n in range(65)), "more than 64 sections"),
         (htab()[:-1] + b"\x00", "a footer of section 562 should be here"),
         (early(4, 9, struct.pack(">QQQIQ", 0, 1 << 60, 0, 0, 0), "virtio-mem-device-early"), "in blocks of 0"),
         (
@@ -103,6 +105,20 @@ def test_each_kind_is_read_whole(kind: Callable[[int], bytes], piece: int) -> No
 )
 def test_what_cannot_be_told_apart_is_refused_by_name(work: Path, section: bytes, says: str) -> None:
     recording = with_early(b"", section).write(work / "recording")
+    with pytest.raises(PeerError, match=says):
+        multifd.receive(f"recording:{recording}", work / "snap")
+    assert not (work / "snap").exists()
+
+
+@pytest.mark.parametrize(
+    ("before", "says"),
+    [
+        (no_htab(1), r"section 1 \(ram\) has the number of another one"),
+        (attributes(9) + early(2, 9, struct.pack(">QQ", 2, 1 << 19) + bytes(1 << 19) + b"\0" * 7 + b"\1"), "more than"),
+    ],
+)
+def test_what_comes_before_ram_is_bounded(work: Path, before: bytes, says: str) -> None:
+    recording = with_early(before, b"").write(work / "recording")
     with pytest.raises(PeerError, match=says):
         multifd.receive(f"recording:{recording}", work / "snap")
     assert not (work / "snap").exists()

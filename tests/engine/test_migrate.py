@@ -228,14 +228,16 @@ def test_the_return_path_says_how_it_ended(work: Path) -> None:
     job = peers.Receiving(work / "snap", channels=1)
     answer = peers.play(job.uri, [stream.main, *stream.channels], 1000)
     job.join()
-    assert answer == bytes.fromhex("0002000400000001 0001000400000000"), "PONG, and SHUT 0 when it is on disk"
+    assert answer == bytes.fromhex("0002000400000001 00070000 0001000400000000"), (
+        "PONG, the switchover acknowledged, and SHUT 0 when it is on disk"
+    )
     assert (work / "snap" / "snapshot.json").exists()
     job = peers.Receiving(work / "snap2", channels=1)
     broken = stream.channels[0][:-400] + bytes(400)
     answer = peers.play(job.uri, [stream.main, broken], 1000)
     with pytest.raises(MultifdError):
         job.join()
-    assert answer == bytes.fromhex("0002000400000001 0001000400000001"), "SHUT 1"
+    assert answer == bytes.fromhex("0002000400000001 00070000 0001000400000001"), "SHUT 1"
 
 
 def test_after_the_source_was_told_nothing_makes_it_a_failure(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,7 +194,7 @@ CHECKS: dict[str, list[tuple[str, str, str]]] = {
         (
             RECEIVED,
             "self._parser.end(description_required=self._description_required)",
-            "if not self._parser._in_device_state: self._parser.end()",
+            "if not self._parser._last: self._parser.end()",
         )
     ],
 }

@@ -9,7 +9,7 @@ import pytest
 import multifd
 import peers
 from commands import fails
-from multifd.errors import CallerError, PeerError
+from multifd.errors import CallerError, PeerError, UsageError
 from qemus import Qemu, Start, content
 
 RELEASES = ("7.2", "10.0", "11.1")
@@ -74,7 +74,10 @@ def test_a_guest_that_cannot_be_migrated(start: Start, work: Path, release: str)
     shared = ("-object", "memory-backend-ram,id=shared,size=1M,share=on", "-device", "ivshmem-plain,memdev=shared")
     source = start(release, "source", more=shared)
     source.monitor.close()
-    with pytest.raises(PeerError, match="migrate: QEMU says: Migration is disabled when using feature 'peer mode' in"):
+    with pytest.raises(
+        PeerError,
+        match="does not migrate its guest: QEMU says: Migration is disabled when using feature 'peer mode'",
+    ):
         multifd.receive(f"unix:{work}/here", work / "snap", qmp=str(work / "source.qmp"), timeout=peers.TIMEOUT)
 
 
@@ -124,3 +127,12 @@ def test_files_that_a_qemu_writes_are_named(start: Start, work: Path, release: s
             with pytest.raises(CallerError, match=f"{kind} is {says}"):
                 look(work / kind)
     assert multifd.open_snapshot(work / "pmemsave").memory_bytes == 24 << 20, "as is said to do"
+
+
+def test_a_destination_that_expects_tls(start: Start, work: Path) -> None:
+    target = start("10.0", "target", incoming=True)
+    target.monitor.command("migrate-set-parameters", **{"tls-creds": "tls0"})
+    target.monitor.close()
+    (work / "image.raw").write_bytes(bytes(4096))
+    with pytest.raises(UsageError, match=r"this QEMU expects TLS \(tls-creds tls0\): .* \(--tls-creds\)"):
+        multifd.send(work / "image.raw", f"unix:{work}/there", qmp=str(work / "target.qmp"))

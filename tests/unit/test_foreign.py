@@ -7,8 +7,8 @@ import gzip
 import io
 import lzma
 import struct
-import subprocess
 import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import pytest
 import images
 import multifd
 import peers
+import streams
 from commands import fails
 from multifd.errors import CallerError
 from multifd.snapshot.foreign import foreign
@@ -25,11 +26,11 @@ PAGE = 4096
 MEMORY = images.memory()
 
 
-def packed(*command: str) -> bytes:
-    try:
-        return subprocess.run(command, input=MEMORY, stdout=subprocess.PIPE, check=True, timeout=60).stdout
-    except FileNotFoundError:
-        pytest.skip(f"there is no {command[0]}")
+def zip_archive() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("guest.raw", MEMORY[: 1 << 20])
+    return file.getvalue()
 
 
 def libvirt(magic: bytes, number: int, order: str = "<") -> bytes:
@@ -55,6 +56,8 @@ CAPABILITIES = b"\x05\x1aconfiguration/capabilities\x00\x00\x00\x01\x00\x00\x00\
 LIME = b"EMiL" + struct.pack("<IQQ8x", 1, 0, 0x9FBFF)
 AVML = b"AVML" + struct.pack("<IQQ8x", 2, 0x1000, 0x9F000)
 QCOW2 = b"QFI\xfb" + struct.pack(">I", 3)
+#: A frame of one block, stored.
+LZ4 = bytes.fromhex("04224d18604082") + struct.pack("<I", 1 << 31 | PAGE) + bytes([7]) * PAGE + bytes(4)
 VMSS = struct.pack("<III64s16x", 0xBED2BED2, 8, 20, b"Checkpoint")
 
 NAMED: dict[str, tuple[Callable[[], bytes], str]] = {
@@ -75,8 +78,15 @@ NAMED: dict[str, tuple[Callable[[], bytes], str]] = {
     "gzip": (lambda: gzip.compress(MEMORY), r"compressed \(gzip\): decompress it first \(gzip -d\)"),
     "xz": (lambda: lzma.compress(MEMORY[: 1 << 20]), "compressed .xz.: .*xz -d"),
     "bzip2": (lambda: bz2.compress(MEMORY[: 1 << 20]), "compressed .bzip2.: .*bzip2 -d"),
-    "zst": (lambda: packed("zstd", "-1", "-c"), "compressed .zstd.: .*zstd -d"),
-    "lz4": (lambda: packed("lz4", "-c"), "compressed .lz4.: .*lz4 -d"),
+    "zst": (lambda: bytes(streams.other_zstd().compress(MEMORY)), "compressed .zstd.: .*zstd -d"),
+    "lz4": (lambda: LZ4, "compressed .lz4.: .*lz4 -d"),
+    "zip": (zip_archive, "a zip archive: unpack it first"),
+    "7z": (lambda: b"7z\xbc\xaf\x27\x1c\0\4", "a 7z archive: unpack it first"),
+    "qed": (lambda: b"QED\0", "a QED disk image: the guest's memory is not in it"),
+    "vmdk": (lambda: b"KDMV\1\0\0\0", "a VMDK disk image"),
+    "vhdx": (lambda: b"vhdxfile", "a VHDX disk image"),
+    "vhd": (lambda: b"conectix", "a VHD disk image"),
+    "vdi": (lambda: b"<<< Oracle VM VirtualBox Disk Image >>>\n".ljust(64, b"\0") + b"\x7f\x10\xda\xbe", "a VDI disk"),
     "tar": (tar, "a tar archive: unpack it first"),
 }
 

@@ -27,7 +27,7 @@ from multifd.qemu import driver as driver_module
 from multifd.qemu import monitor as monitor_module
 from multifd.qemu.driver import Destination, Source
 from multifd.qemu.monitor import Monitor
-from multifd.qemu.states import Guest, Migration, destination_obstacle, source_obstacle
+from multifd.qemu.states import Guest, Migration, blocked, destination_obstacle, source_obstacle
 from multifd.snapshot.disks import Disk
 from told import warns
 
@@ -617,6 +617,13 @@ def migration(status: str, *, listening: bool = False) -> Migration:
 def test_what_hinders_a_source(guest: str, status: str, says: str | None) -> None:
     found = source_obstacle(Guest(guest, running=guest == "running"), migration(status))
     assert (found and says in f"{found.what}: {found.remedy}") if says else found is None
+
+
+def test_a_source_whose_devices_do_not_migrate() -> None:
+    assert blocked(Migration.read({})) is None
+    found = blocked(Migration.read({"blocked-reasons": ["non-migratable\ndevice: nvme", "another"]}))
+    assert found is not None
+    assert found.what == "does not migrate its guest: QEMU says: non-migratable\\ndevice: nvme (and 1 more)"
 
 
 @pytest.mark.parametrize(

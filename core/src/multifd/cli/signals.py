@@ -19,8 +19,9 @@ from multifd.errors import MultifdError
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-#: Seconds after which the patience is looked at again.
+#: Seconds after which the patience is looked at again, and an interrupt that nobody has heard is made again.
 LOOK = 60.0
+AGAIN = 1.0
 #: Seconds for a last word.
 TELLING = 0.2
 
@@ -94,8 +95,12 @@ def settle(code: int) -> None:
 def leave_stuck(code: int, names: list[str]) -> None:
     """End the process although threads are in calls that nothing can wake: a plugin's, the disk's."""
 
+    _leave(code, f"{', '.join(sorted(set(names)))}: nothing wakes it (a plugin, a disk): left as it is")
+
+
+def _leave(code: int, why: str) -> NoReturn:
     def tell() -> None:
-        say(f"{', '.join(sorted(set(names)))}: nothing wakes it (a plugin, a disk): left as it is")
+        say(why)
         with suppress(OSError, AttributeError):  # it may be full, or none
             sys.stdout.flush()
 
@@ -104,6 +109,7 @@ def leave_stuck(code: int, names: list[str]) -> None:
         telling.start()
         telling.join(TELLING)  # a terminal that has stopped takes nothing
     leave(code)
+    raise AssertionError("it has been left")
 
 
 @contextmanager
@@ -134,8 +140,11 @@ def _watch(came: int, crew: Crew, thread: threading.Thread) -> int:
     poll.register(came, select.POLLIN)
     while True:
         left = since + crew.patience - time.monotonic()
-        if not poll.poll(min(max(0.0, left), LOOK) * 1000 if stopped else None):
+        look = LOOK if crew.used else AGAIN
+        if not poll.poll(min(max(0.0, left), look) * 1000 if stopped else None):
             if time.monotonic() < since + crew.patience:  # it may have got more meanwhile
+                if not crew.used:
+                    _interrupt(thread)
                 continue
             leave_stuck(128 + stopped, crew.stuck() or [thread.name])
         number = os.read(came, 1)[0]
@@ -144,18 +153,18 @@ def _watch(came: int, crew: Crew, thread: threading.Thread) -> int:
         if number not in STOPPING:
             continue
         if stopped:
-            leave(128 + number)
+            _leave(128 + number, "ended by a second signal: what was to be put back or removed may be as it was")
         stopped = number
         since = time.monotonic()
-        if crew.used:
-            # Not here: it may wait for a lock that is held while somebody writes to a terminal that has stopped.
-            cancelling = threading.Thread(target=crew.cancel, name="cancelling", daemon=True)
-            try:
-                cancelling.start()
-            except RuntimeError:  # no thread is left
-                crew.cancel()
-        else:
+        if not crew.used:
             _interrupt(thread)
+        # Always: Python drops an interrupt that falls into what it does behind an import.  Not here: it may wait for a
+        # lock that is held while somebody writes to a terminal that has stopped.
+        cancelling = threading.Thread(target=crew.cancel, name="cancelling", daemon=True)
+        try:
+            cancelling.start()
+        except RuntimeError:  # no thread is left
+            crew.cancel()
 
 
 def _interrupt(thread: threading.Thread) -> None:

@@ -35,6 +35,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     with os_errors(path, CallerError):
         if not path.is_dir():
+            path.stat()
             kind = kind_of(path)
             raise CallerError(
                 f"{path} is {kind}" if kind else f"{path} is not a directory: a recording and a snapshot both are"

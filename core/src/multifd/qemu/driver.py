@@ -21,6 +21,7 @@ from multifd.qemu.states import (
     Guest,
     Migration,
     Obstacle,
+    blocked,
     destination_obstacle,
     leftover,
     mode_effect,
@@ -191,7 +192,7 @@ class Source(_Side):
         if effect := mode_effect(parameters):
             self._warn(f"{self.monitor.name} {effect.what}: {effect.remedy}")
         # QEMU 11.1 aborts where it is told to migrate to a URI in mode cpr-transfer.
-        return mode_obstacle(parameters)
+        return mode_obstacle(parameters) or blocked(migration)
 
     def start(self, uri: str) -> None:
         """Begin to send to `uri`.  Raises PeerError."""
@@ -282,6 +283,11 @@ class Destination(_Side):
             if "exit-on-error" not in str(refusal):
                 raise
             self.monitor.command("migrate-incoming", uri=uri)  # before 9.1 it exits, and its log alone says why
+
+    @property
+    def tls_creds(self) -> str:
+        """The id of what it expects TLS with; empty where it does not."""
+        return shown(self.monitor.ask("query-migrate-parameters", read_parameters).get("tls-creds") or "")
 
     def _told(self, found: Migration) -> str:
         """One that has failed takes no other migration; 10.0 writes most of the reason to its log."""

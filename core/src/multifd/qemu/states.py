@@ -50,6 +50,8 @@ class Migration:
     listening: bool
     #: Rounds of RAM that have begun; a source's.
     rounds: int = 0
+    #: Why QEMU does not migrate its guest at all: devices that cannot be.
+    blocked: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, answer: Any) -> Self:
@@ -59,6 +61,7 @@ class Migration:
             of(str, answer.get("error-desc", "")),
             "socket-address" in answer,
             of(int, answer.get("ram", {}).get("dirty-sync-count", 0)),
+            tuple(of(str, reason) for reason in of(list, answer.get("blocked-reasons", []))),
         )
 
     def __str__(self) -> str:
@@ -133,6 +136,16 @@ def mode_obstacle(parameters: Mapping[str, Any]) -> Obstacle | None:
         f"has mode {shown(mode)}, which hands the guest's memory to another QEMU of its host, over no connection",
         NORMAL_MODE,
     )
+
+
+def blocked(migration: Migration) -> Obstacle | None:
+    """Why QEMU migrates this guest nowhere; in another mode than the normal one that is the mode's doing."""
+    if not migration.blocked:
+        return None
+    first, *more = migration.blocked
+    others = f" (and {len(more)} more)" if more else ""
+    remedy = "detach what it names, or start it without"
+    return Obstacle(f"does not migrate its guest: QEMU says: {shown(first)}{others}", remedy)
 
 
 def mode_effect(parameters: Mapping[str, Any]) -> Obstacle | None:

@@ -69,6 +69,8 @@ def _unpack_first(program: str) -> str:
     return f"decompress it first ({program} -d)"
 
 
+_DISK = "the guest's memory is not in it"
+
 _KINDS = (
     _Kind(
         STREAM,
@@ -96,6 +98,13 @@ _KINDS = (
         f"what savevm put into one is for QEMU's -loadvm: {_RESUME}",
         lambda head: int.from_bytes(head[4:8]) in (1, 2, 3),
     ),
+    _Kind(b"QED\0", "a QED disk image", _DISK),
+    _Kind(b"KDMV", "a VMDK disk image", _DISK),
+    _Kind(b"vhdxfile", "a VHDX disk image", _DISK),
+    _Kind(b"conectix", "a VHD disk image", _DISK),
+    _Kind(b"\x7f\x10\xda\xbe", "a VDI disk image", _DISK, at=64),
+    _Kind(b"PK\x03\x04", "a zip archive", "unpack it first (unzip)"),
+    _Kind(b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it first (7z x)"),
     _Kind(b"", "a VMware checkpoint (.vmss, .vmsn)", "the memory is in the .vmem file beside it", _is_vmware),
     _Kind(b"\x1f\x8b\x08", "compressed (gzip)", _unpack_first("gzip"), _is_gzip),
     _Kind(b"\xfd7zXZ\0", "compressed (xz)", _unpack_first("xz")),

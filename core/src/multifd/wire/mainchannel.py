@@ -31,6 +31,8 @@ COMMAND_LENGTHS: dict[int, tuple[int, ...]] = {
     Command.POSTCOPY_ADVISE: (0, 16),
     Command.SWITCHOVER_START: (0,),
 }
+#: Sections beside RAM's that may go on at a time; QEMU has one for each kind.
+MAX_LIVE = 64
 #: A description longer than this is not looked for (QEMU's are some 10 KiB to a few 100 KiB).
 MAX_DESCRIPTION = 16 << 20
 
@@ -170,13 +172,11 @@ class Parser:
                     instance, version = yield from cursor.unpack(SECTION_HEAD)
                     if name == "ram" and kind == Section.START:
                         cursor.keep_no_more()
-                        yield from ram.start(section, instance, version, self.page_size)
+                        yield from ram.start(section, instance, version, self.page_size, taken=section in self._live)
                         place = Place.IN_RAM
                     else:
                         self._begin(section, name)
                         yield from self._early(section, place)
-                        if kind == Section.FULL:  # it does not go on
-                            del self._live[section]
                 elif section == ram.section:
                     cursor.keep_no_more()
                     yield from ram.read(self.page_size)
@@ -186,6 +186,8 @@ class Parser:
                     yield from self._early(section, place)
                 else:
                     raise cursor.wrong(f"section {section} goes on, and never began")
+                if kind in (Section.FULL, Section.END):
+                    self._live.pop(section, None)
             elif kind == Section.EOF:
                 raise cursor.wrong("the source ended the stream before RAM was complete: did it fail or cancel?")
             else:
@@ -197,6 +199,8 @@ class Parser:
         body = body_of(name)
         if body is None:
             raise self._cursor.wrong(f"section {section} ({name}) before RAM is complete: {told(name)}", Unsupported)
+        if len(self._live) == MAX_LIVE:
+            raise self._cursor.wrong(f"more than {MAX_LIVE} sections beside RAM's")
         if section in self._live or section == self._ram.section:
             raise self._cursor.wrong(f"section {section} ({name}) has the number of another one")
         self._live[section] = body

@@ -38,10 +38,12 @@ class RamSections:
         self._blocks: dict[str, Block] = {}
         self._block: Block | None = None
 
-    def start(self, section: int, instance: int, version: int, page_size: int) -> Steps:
-        """The first one, behind its head."""
+    def start(self, section: int, instance: int, version: int, page_size: int, *, taken: bool) -> Steps:
+        """The first one, behind its head; its number may be `taken`."""
         if self.section is not None:
             raise self._cursor.wrong(f"section {section} (ram): RAM begins twice")
+        if taken:
+            raise self._cursor.wrong(f"section {section} (ram) has the number of another one")
         if instance or version != RAM_VERSION:
             raise self._cursor.wrong(
                 f"ram section version {version}, instance {instance}: this side knows {RAM_VERSION}, 0"

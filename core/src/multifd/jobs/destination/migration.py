@@ -20,6 +20,7 @@ from multifd.log import log
 from multifd.memory.runs import runs
 from multifd.net.connection import MAIN_READ, Connection, Ended, Lost
 from multifd.net.deadline import Silence
+from multifd.net.door import MOST_HEAD
 from multifd.net.parting import Parting
 from multifd.net.recording import RecordedConnection
 from multifd.net.socket import SocketConnection
@@ -229,6 +230,10 @@ class Migration:
             case EarlyState(place, data):
                 if self._snapshot is None:
                     self._before += data
+                    if len(self._before) > MOST_HEAD:
+                        raise PeerError(
+                            f"main channel: more than {MOST_HEAD} bytes of other sections before RAM's first"
+                        )
                 else:
                     self._snapshot.add_early(place, data)
             case ZeroPages(idstr, offsets):

@@ -99,8 +99,10 @@ def receive(
     stopping = Stopping(StopAfter.parse(stop_after)) if stop_after is not None else None
     if stopping is not None and qmp is None:
         raise UsageError("only over its monitor can a guest be stopped: say where that is, too (--qmp)")
-    if max_bandwidth is not None and not (qmp is not None and 0 < max_bandwidth <= UNLIMITED):
-        raise UsageError(f"max_bandwidth {max_bandwidth}: at least 1 byte per second, and only with qmp (--qmp)")
+    if max_bandwidth is not None and qmp is None:
+        raise UsageError("a bandwidth is set over its monitor: say where that is, too (--qmp)")
+    if max_bandwidth is not None and not 0 < max_bandwidth <= UNLIMITED:
+        raise UsageError(f"a bandwidth of {max_bandwidth} bytes per second: from 1 to {UNLIMITED}")
     where = Uri.parse(uri)
     if where.scheme == "unix":
         where = Uri("unix", path=os.path.abspath(where.path))  # QEMU may be elsewhere

@@ -23,6 +23,7 @@ from multifd.jobs.doctor.side import Side, dotted
 from multifd.jobs.doctor.trouble import Trouble
 from multifd.qemu.states import (
     Guest,
+    blocked,
     destination_obstacle,
     leftover,
     mode_effect,
@@ -96,7 +97,7 @@ def _obstacles(source: Side, destination: Side) -> Iterator[Trouble]:
     ):
         if obstacle := obstacle_of(Guest(side.status, side.runs), side.migration):
             yield Trouble(f"the {who} {obstacle.what}", obstacle.remedy)
-    if obstacle := mode_obstacle(source.parameters):
+    if obstacle := mode_obstacle(source.parameters) or blocked(source.migration):
         yield Trouble(f"the source {obstacle.what}", obstacle.remedy)
 
 

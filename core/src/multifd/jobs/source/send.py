@@ -116,6 +116,10 @@ def send(
             driver = Destination(qmp, channels=channels, method=choice.method, timeout=timeout, crew=crew)
             cleanup.enter_context(driver)
             uuid = uuid or driver.uuid
+            if tls_creds is None and (theirs := driver.tls_creds):
+                raise UsageError(
+                    f"{qmp}: this QEMU expects TLS (tls-creds {theirs}): say with which, too (--tls-creds)"
+                )
         blocks = [cleanup.enter_context(item.open(its)) for item, its in zip(source.blocks, pieces, strict=False)]
         if driver is not None:
             driver.listen(str(target))
