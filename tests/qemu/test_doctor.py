@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -365,6 +366,151 @@ def test_devices_that_differ(start: Start) -> None:
         ),
     ]
     assert advice == ["the destination has more than the source: dimm at 0x110000000: its guest does not know of it"]
+
+
+PLAIN: tuple[str, tuple[str, ...]] = ("q35", ())
+XHCI = ("-device", "qemu-xhci", "-device")
+SCSI = ("-blockdev", "null-co,node-name=d,size=1048576,read-zeroes=on", "-device", "virtio-scsi-pci", "-device")
+SERIAL = ("-chardev", "null,id=c", "-device", "virtio-serial-pci", "-device")
+PLUGGED = " ".join(["-device qemu64-x86_64-cpu,socket-id=0,core-id={},thread-id=0"] * 2)
+#: Machine and options of both sides; the trouble and the advice that are told, and nothing else.
+SIDES = [
+    (PLAIN, ("q35,hpet=off", ()), "the destination's machine lacks what the source's has: hpet", ""),
+    (PLAIN, ("q35,pit=off", ()), "the destination's machine lacks what the source's has: isa-pcspk, isa-pit", ""),
+    (
+        PLAIN,
+        ("q35,i8042=off", ()),
+        "the destination's machine lacks what the source's has: i8042, port92, vmmouse",
+        "the destination lacks what the source sends nothing of: vmport: its guest misses it",
+    ),
+    (
+        ("q35,vmport=on", ()),
+        ("q35,vmport=off", ()),
+        "the destination's machine lacks what the source's has: vmmouse",
+        "the destination lacks what the source sends nothing of: vmport: its guest misses it",
+    ),
+    (("q35", ("-serial", "null")), PLAIN, "the destination's machine lacks what the source's has: isa-serial", ""),
+    (("q35", ("-parallel", "null")), PLAIN, "the destination's machine lacks what the source's has: isa-parallel", ""),
+    (
+        ("q35", ("-smp", "6,sockets=2,cores=3")),
+        ("q35", ("-smp", "6,sockets=1,cores=6")),
+        "processors are arranged differently: sockets=2,cores=3 and cores=6",
+        "",
+    ),
+    (
+        ("q35", (*XHCI, "usb-tablet,port=1")),
+        ("q35", (*XHCI, "usb-tablet,port=2")),
+        "usb-tablet is at port=1 on the source, at port=2 on the destination",
+        "",
+    ),
+    (
+        ("q35", (*SCSI, "scsi-hd,drive=d,lun=1")),
+        ("q35", (*SCSI, "scsi-hd,drive=d,lun=2")),
+        "scsi-hd is at channel=0,scsi-id=0,lun=1 on the source, at channel=0,scsi-id=0,lun=2 on the destination",
+        "",
+    ),
+    (
+        ("q35", (*SERIAL, "virtserialport,chardev=c,nr=1")),
+        ("q35", (*SERIAL, "virtserialport,chardev=c,nr=2")),
+        "virtserialport is at nr=1 on the source, at nr=2 on the destination",
+        "",
+    ),
+    (
+        ("q35", SERIAL[:-1]),
+        ("q35", (*SERIAL, "virtserialport,chardev=c,nr=1")),
+        "the source has no virtserialport at nr=1 of 00:01.0, the destination has one",
+        "",
+    ),
+    (
+        ("q35", ("-device", "virtio-rng-pci")),
+        ("q35", ("-device", "virtio-rng-pci,disable-legacy=on")),
+        "the PCI devices at 00:01.0 differ: virtio-rng-pci (1af4:1005) and virtio-rng-pci (1af4:1044)",
+        "",
+    ),
+    (
+        ("q35", ("-smp", "1,cores=4,maxcpus=4", *PLUGGED.format(2, 3).split())),
+        ("q35", ("-smp", "1,cores=4,maxcpus=4", *PLUGGED.format(1, 3).split())),
+        "processors are plugged in at other places",
+        "",
+    ),
+    (
+        ("q35", (*XHCI[:-1], *XHCI, "usb-tablet,port=1,bus=usb-bus.0")),
+        ("q35", (*XHCI[:-1], *XHCI, "usb-tablet,port=1,bus=usb-bus.1")),
+        "usb-tablet is at port=1 of 00:01.0 on the source, at port=1 of 00:02.0 on the destination",
+        "",
+    ),
+    # What QEMU takes.
+    (
+        ("q35,hpet=off,i8042=off,pit=off", ()),
+        ("q35", ("-serial", "null", "-serial", "null")),
+        "",
+        (
+            "the destination has more than the source: hpet, i8042, isa-pcspk, isa-pit, 2 isa-serial, port92, vmmouse, "
+            "vmport: its guest does not know of it"
+        ),
+    ),
+    (("q35", ("-serial", "null")), ("q35", ("-chardev", "null,id=s", "-device", "isa-serial,chardev=s")), "", ""),
+    (("q35", (*XHCI, "usb-tablet")), ("q35", (*XHCI, "usb-tablet,port=1")), "", ""),
+    (("q35", ("-cpu", "Haswell")), ("q35", ("-cpu", "Haswell-v1")), "", ""),
+    (
+        ("q35", ("-device", "pvpanic", "-device", "isa-debug-exit", "-device", "edu")),
+        PLAIN,
+        "",
+        (
+            "the destination lacks what the source sends nothing of: edu at 00:01.0, isa-debug-exit, pvpanic: its "
+            "guest misses it"
+        ),
+    ),
+    (
+        ("q35", ("-smp", "4,sockets=4")),
+        ("q35", ("-smp", "4,cores=4")),
+        "",
+        "processors are arranged differently: sockets=4 and cores=4",
+    ),
+]
+
+
+@pytest.mark.parametrize(("ours", "theirs", "trouble", "advice"), SIDES, ids=lambda value: str(value)[:60])
+def test_what_qemu_refuses_is_told_and_what_it_takes_is_not(
+    start: Start,
+    work: Path,
+    ours: tuple[str, Sequence[str]],
+    theirs: tuple[str, Sequence[str]],
+    trouble: str,
+    advice: str,
+) -> None:
+    source = start("10.0", "source", machine=ours[0], more=ours[1])
+    destination = start("10.0", "destination", machine=theirs[0], more=theirs[1], incoming=True)
+    for qemu in (source, destination):
+        qemu.prepare(return_path=True)
+    sides = examine(source.monitor), examine(destination.monitor)
+    assert [one.what for one in compare(*sides)] == ([trouble] if trouble else [])
+    assert [one.what for one in advise(*sides)] == ([advice] if advice else [])
+    for qemu in (source, destination):
+        qemu.prepare(multifd=False)
+    destination.monitor.command("migrate-incoming", uri=f"unix:{work}/migration", exit_on_error=False)
+    source.monitor.command("migrate", uri=f"unix:{work}/migration")
+    fails = destination.wait("completed", "failed") == "failed"
+    assert fails == bool(trouble), destination.log.read_text()
+
+
+def test_a_machine_s_own_devices_are_compared_within_a_release_only(start: Start) -> None:
+    """Another release may name them in another way; processors and seats are compared all the same."""
+    machine = "pc-q35-10.0"
+    source = start("11.1", "source", machine=machine, more=[*XHCI, "usb-tablet,port=1", "-smp", "6,sockets=2,cores=3"])
+    destination = start(
+        "10.0",
+        "destination",
+        machine=f"{machine},hpet=off",
+        more=[*XHCI, "usb-tablet,port=2", "-smp", "6,sockets=1,cores=6"],
+        incoming=True,
+    )
+    for qemu in (source, destination):
+        qemu.prepare(return_path=True)
+    assert [one.what for one in compare(examine(source.monitor), examine(destination.monitor))] == [
+        "usb-tablet is at port=1 on the source, at port=2 on the destination",
+        "processors are arranged differently: sockets=2,cores=3 and cores=6",
+    ]
 
 
 def test_a_memory_of_another_size(start: Start) -> None:

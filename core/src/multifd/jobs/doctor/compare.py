@@ -16,8 +16,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+from multifd.jobs.doctor.board import SILENT, compare_boards, listed
 from multifd.jobs.doctor.devices import compare_disks, compare_pci, compare_types
 from multifd.jobs.doctor.memory import compare_blocks, compare_memory_devices
+from multifd.jobs.doctor.processors import X86, advise_positions, compare_positions, fit
+from multifd.jobs.doctor.seats import compare_seats
 from multifd.jobs.doctor.settings import advise_settings, compare_capabilities, compare_parameters
 from multifd.jobs.doctor.side import Side, dotted
 from multifd.jobs.doctor.trouble import Trouble
@@ -59,7 +62,10 @@ def advise(source: Side, destination: Side) -> list[Trouble]:
     """What could be better, or be somebody's leaving, though nothing fails."""
     found = [*advise_settings(source, destination), *_leavings(source, destination)]
     if source.machine == destination.machine:
-        found += _surplus(source, destination)
+        found += [*_surplus(source, destination), *_silent(source, destination)]
+        same_count = source.cpus == destination.cpus and _told(source, destination, "cpus")
+        if same_count and fit(source.cpu_positions, destination.cpu_positions):
+            found += advise_positions(source.cpu_positions, destination.cpu_positions)
         if _long_queues(source, destination) and source.status != "prelaunch":
             found.append(
                 Trouble(f"{_QUEUES} has not set up", f"see that it has a driver for every virtio device, or {_OLDER}")
@@ -116,6 +122,15 @@ def _told(source: Side, destination: Side, *fields: str) -> bool:
     return not {*source.untold, *destination.untold} & {*fields}
 
 
+def _same_release(source: Side, destination: Side) -> bool:
+    return source.version[:2] == destination.version[:2]
+
+
+def _all(side: Side) -> Counter[str]:
+    """Its devices on no PCI bus: what is -serial on one side may be -device isa-serial on the other."""
+    return Counter(side.devices) + Counter(side.board)
+
+
 def _memory(source: Side, destination: Side) -> Iterator[Trouble]:
     ours, theirs = source.memory_slots, destination.memory_slots
     if ours != theirs and _told(source, destination, "memory_slots"):
@@ -134,7 +149,12 @@ def _devices(source: Side, destination: Side) -> Iterator[Trouble]:
     if _told(source, destination, "pci_devices", "devices"):
         yield from compare_pci(source.pci_devices, destination.pci_devices)
     if _told(source, destination, "devices"):
-        yield from compare_types(source.devices, destination.devices)
+        there = _all(destination)
+        yield from compare_types(source.devices, there)
+        if _same_release(source, destination):
+            told_already = Counter(source.devices) - there
+            yield from compare_boards(_all(source) - told_already, there)
+        yield from compare_seats(source.seats, destination.seats)
     if _told(source, destination, "disks"):
         yield from compare_disks(source.disks, destination.disks)
 
@@ -145,7 +165,10 @@ def _processors(source: Side, destination: Side) -> Iterator[Trouble]:
             f"the source has {source.cpus} processors, the destination {destination.cpus}",
             "start the destination with the source's -smp",
         )
-    if source.cpu != destination.cpu and _told(source, destination, "cpus", "cpu"):
+    elif source.cpu.endswith(X86) and _told(source, destination, "cpus", "cpu"):
+        yield from compare_positions(source.cpu_positions, destination.cpu_positions)
+    ours, theirs = source.cpu_model or source.cpu, destination.cpu_model or destination.cpu
+    if ours != theirs and _told(source, destination, "cpus", "cpu"):
         yield Trouble(
             f"processors differ: {source.cpu} and {destination.cpu}: the guest may miss there what it has seen here",
             "start the destination with the source's -cpu",
@@ -171,14 +194,32 @@ def _surplus(source: Side, destination: Side) -> Iterator[Trouble]:
         extra = destination.pci_devices.keys() - source.pci_devices.keys()
         found += [f"{destination.pci_devices[address]} at {address}" for address in sorted(extra)]
     if _told(source, destination, "devices"):
-        found += (Counter(destination.devices) - Counter(source.devices)).elements()
+        there = _all(destination) if _same_release(source, destination) else Counter(destination.devices)
+        more = there - _all(source) - Counter(seat.kind for seat in destination.seats if seat.listed)
+        found += [listed(more)] if more else []
     if _told(source, destination, "memory_devices"):
-        more = [device for device in destination.memory_devices if device not in source.memory_devices]
-        found += [f"{device.kind} at {device.address:#x}" for device in more]
+        dimms = [device for device in destination.memory_devices if device not in source.memory_devices]
+        found += [f"{device.kind} at {device.address:#x}" for device in dimms]
     if destination.cpus > source.cpus and _told(source, destination, "cpus"):
         found.append(f"{destination.cpus} processors for {source.cpus}")
     if found:
         yield Trouble(
             f"the destination has more than the source: {', '.join(found)}: its guest does not know of it",
             "start the destination without, and add it afterwards",
+        )
+
+
+def _silent(source: Side, destination: Side) -> Iterator[Trouble]:
+    """What only the source has, and sends nothing of: QEMU takes the migration, but the guest has seen it."""
+    if not _told(source, destination, "pci_devices", "devices"):
+        return
+    gone = source.pci_devices.keys() - destination.pci_devices.keys()
+    found = [f"{source.pci_devices[at]} at {at}" for at in sorted(gone) if source.pci_devices[at].kind in SILENT]
+    ours = _all(source) if _same_release(source, destination) else Counter(source.devices)
+    lost = {kind: n for kind, n in (ours - _all(destination)).items() if kind in SILENT}
+    found += [listed(lost)] if lost else []
+    if found:
+        yield Trouble(
+            f"the destination lacks what the source sends nothing of: {', '.join(found)}: its guest misses it",
+            "start the destination with the source's options",
         )

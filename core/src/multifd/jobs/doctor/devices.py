@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from multifd.jobs.doctor.board import SILENT
 from multifd.jobs.doctor.trouble import Trouble
 from multifd.qemu.monitor import of, shown
 
@@ -45,6 +46,10 @@ class PciDevice:
             return (self.vendor, self.device) == (other.vendor, other.device)
         return self.kind == other.kind
 
+    def told(self, beside: PciDevice) -> str:
+        """With its numbers where the name is the other's too: a virtio device has others with disable-legacy."""
+        return f"{self} ({self.vendor:04x}:{self.device:04x})" if self.kind == beside.kind else str(self)
+
     def __str__(self) -> str:
         return self.kind or f"{self.vendor:04x}:{self.device:04x}"
 
@@ -76,19 +81,28 @@ def pci_devices(
 ) -> dict[str, PciDevice]:
     """`00:03.0` -> what is there, `00:03.0/00.0` -> what is behind that bridge; of devices by their paths."""
 
-    def address(path: str, depth: int = 0) -> str:
-        place = places[path]
-        below, _, name = place.bus.rpartition("/")
-        bus = "00:" if name in ROOT_BUSES else f"{name}:"
-        if below in places and depth < DEEPEST:
-            bus = f"{address(below, depth + 1)}/"
-        return f"{bus}{place.slot >> 3:02x}.{place.slot & 7}"
-
     found = dict(root)
     for path in places:
-        there = root.get(where := address(path))
+        there = root.get(where := _address(path, places))
         found[where] = PciDevice(types[path], there.vendor if there else 0, there.device if there else 0)
     return dict(sorted(found.items()))
+
+
+def _address(path: str, places: Mapping[str, Place], depth: int = 0) -> str:
+    place = places[path]
+    below, _, name = place.bus.rpartition("/")
+    bus = "00:" if name in ROOT_BUSES else f"{name}:"
+    if below in places and depth < DEEPEST:
+        bus = f"{_address(below, places, depth + 1)}/"
+    return f"{bus}{place.slot >> 3:02x}.{place.slot & 7}"
+
+
+def controller(bus: str, places: Mapping[str, Place]) -> str:
+    """The PCI address of the device that has this bus (a path), or the bus's name: where QEMU has made it itself."""
+    owner, _, name = bus.rpartition("/")
+    while owner and owner not in places:
+        owner = owner.rpartition("/")[0]
+    return _address(owner, places) if owner else name
 
 
 def read_types(answer: Any) -> dict[str, str]:
@@ -122,15 +136,17 @@ def compare_pci(source: Mapping[str, PciDevice], destination: Mapping[str, PciDe
     for address, device in source.items():
         twin = destination.get(address)
         if twin is None:
+            if device.kind in SILENT:
+                continue
             yield Trouble(f"the destination has no PCI device at {address}, where the source has {device}", _SAME)
         elif not device.fits(twin):
-            yield Trouble(f"the PCI devices at {address} differ: {device} and {twin}", _SAME)
+            yield Trouble(f"the PCI devices at {address} differ: {device.told(twin)} and {twin.told(device)}", _SAME)
 
 
 def compare_types(source: Mapping[str, int], destination: Mapping[str, int]) -> Iterator[Trouble]:
     """How many of each the source has, on the destination too, which may have more."""
     for name, count in source.items():
-        if count > (other := destination.get(name, 0)):
+        if count > (other := destination.get(name, 0)) and name not in SILENT:
             yield Trouble(
                 f"the source has {count} of device {name}, the destination {other}",
                 "start the destination with the source's -device options",

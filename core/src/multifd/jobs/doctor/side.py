@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
 from multifd.errors import PeerError
+from multifd.jobs.doctor.board import BOARD, count
 from multifd.jobs.doctor.devices import (
     OTHERWISE,
     PCI,
     PciDevice,
     Place,
+    controller,
     pci_devices,
     read_disks,
     read_names,
@@ -21,6 +22,8 @@ from multifd.jobs.doctor.devices import (
     read_types,
 )
 from multifd.jobs.doctor.memory import MemoryDevice, RamBlock, read_blocks, read_memory_devices
+from multifd.jobs.doctor.processors import Positions, read_positions
+from multifd.jobs.doctor.seats import LISTED, SEATS, Seat
 from multifd.net.connection import Ended, Stalled
 from multifd.qemu.monitor import Monitor, of, shown
 from multifd.qemu.settings import read_capabilities, read_parameters
@@ -50,9 +53,15 @@ class Side:
     pci_devices: dict[str, PciDevice] = field(default_factory=dict)
     #: How many of each type, of those that are on no PCI bus.
     devices: dict[str, int] = field(default_factory=dict)
+    #: The same of what the machine has of itself.
+    board: dict[str, int] = field(default_factory=dict)
+    seats: tuple[Seat, ...] = ()
     disks: dict[str, int] = field(default_factory=dict)
     cpus: int = 0
     cpu: str = ""
+    #: What `cpu` is another name of, or empty.
+    cpu_model: str = ""
+    cpu_positions: Positions = ()
     #: The fields of which it has told nothing.
     untold: tuple[str, ...] = ()
 
@@ -87,13 +96,25 @@ def examine(monitor: Monitor) -> Side:
         names = told("devices", "qom-list", read_types, path=folder) or {}
         types |= {f"{folder}/{name}": kind for name, kind in names.items()}
     kinds = {
-        kind: told("devices", "qom-list-types", read_names, implements=kind) or set() for kind in (PCI, *OTHERWISE)
+        kind: told("devices", "qom-list-types", read_names, implements=kind) or set()
+        for kind in (PCI, *OTHERWISE, *SEATS, "device")
     }
+    board = told("devices", "qom-list", read_types, path=BOARD) or {}
+    board = {f"{BOARD}/{name}": kind for name, kind in board.items() if kind in kinds["device"]}
     on_pci = [path for path, kind in types.items() if kind in kinds[PCI]]
     slots = {path: told("pci_devices", "qom-get", partial(of, int), path=path, property="addr") or 0 for path in on_pci}
     buses = {path: told("pci_devices", "qom-get", _text, path=path, property="parent_bus") or "" for path in on_pci}
     places = {path: Place(slots[path], buses[path]) for path in on_pci}
-    others = [kind for kind in types.values() if not any(kind in names for names in kinds.values())]
+    elsewhere = set().union(*(kinds[kind] for kind in (PCI, *OTHERWISE)))
+    seats = []
+    for path, kind in (types | board).items():
+        for family, properties in SEATS.items():
+            if kind in kinds[family]:
+                at = [f"{name}={told('devices', 'qom-get', shown, path=path, property=name)}" for name in properties]
+                bus = told("devices", "qom-get", _text, path=path, property="parent_bus") or ""
+                seats.append(Seat(kind, controller(bus, places), ",".join(at), family == LISTED))
+    cpu = told("cpu", "qom-get", _text, path=cpus[0], property="type") or "" if cpus else ""
+    models = told("cpu", "query-cpu-definitions", _models) or {} if cpu else {}
     return Side(
         name=monitor.name,
         version=monitor.ask("query-version", _version),
@@ -109,16 +130,26 @@ def examine(monitor: Monitor) -> Side:
         ram_blocks=told("ram_blocks", "x-query-ramblock", read_blocks) or (),
         memory_devices=told("memory_devices", "query-memory-devices", read_memory_devices) or (),
         pci_devices=pci_devices(told("pci_devices", "query-pci", read_root) or {}, types, places),
-        devices=dict(Counter(sorted(others))),
+        devices=count(kind for kind in types.values() if kind not in elsewhere),
+        board=count(kind for kind in board.values() if kind not in elsewhere),
+        seats=tuple(seats),
         disks=told("disks", "query-block", read_disks) or {},
         cpus=len(cpus),
-        cpu=told("cpu", "qom-get", _text, path=cpus[0], property="type") or "" if cpus else "",
+        cpu=cpu,
+        cpu_model=models.get(cpu, ""),
+        cpu_positions=(told("cpus", "query-cpus-fast", read_positions) or ()) if cpus else (),
         untold=tuple(dict.fromkeys(untold)),
     )
 
 
 def _cpu_paths(answer: Any) -> list[str]:
     return [of(str, item["qom-path"]) for item in of(list, answer)]
+
+
+def _models(answer: Any) -> dict[str, str]:
+    """Types of processors that are another's alias, and the type of that one."""
+    items = [(of(str, item["typename"]), of(str, item["name"]), item.get("alias-of")) for item in of(list, answer)]
+    return {shown(kind): shown(of(str, alias) + kind.removeprefix(name)) for kind, name, alias in items if alias}
 
 
 def _slots(answer: Any) -> int:
