@@ -390,6 +390,7 @@ SIDES = [
         "the destination lacks what the source sends nothing of: vmport: its guest misses it",
     ),
     (("q35", ("-serial", "null")), PLAIN, "the destination's machine lacks what the source's has: isa-serial", ""),
+    (("q35", ("-device", "ib700")), PLAIN, "the source has 1 of device ib700, the destination 0", ""),
     (("q35", ("-parallel", "null")), PLAIN, "the destination's machine lacks what the source's has: isa-parallel", ""),
     (
         ("q35", ("-smp", "6,sockets=2,cores=3")),
