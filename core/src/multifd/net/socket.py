@@ -214,10 +214,10 @@ class SocketConnection:
                 self._socket.settimeout(None)
 
     def interrupt(self, *, reading_only: bool = False) -> None:
-        if self.pace is not None and not reading_only:
-            self.pace.interrupt()
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RD if reading_only else socket.SHUT_RDWR)
+        if self.pace is not None and not reading_only:  # then: who writes on has to notice
+            self.pace.interrupt()
 
     def exposed(self) -> bool:
         """Whether others may see what passes: it is not encrypted, and the other side is another host."""
