@@ -124,7 +124,7 @@ class Migration:
             hint = f"or the recording is cut: {error}"
         elif self._state is State.SWITCHED_OVER and self._description_required and not self._return_path:
             hint = "or it runs with suppress-vmdesc=on and sends no VM description: allow that with --no-description"
-        elif isinstance(error, Missing) and self._state is State.SET_UP and self.party is not None:
+        elif isinstance(error, Missing) and not self._rounds and self.party is not None:
             count = len(self.party.channels)
             known = f"the sender uses more channels, this side expects {count}: start both with the same --channels"
             error = Missing(f"{error}; or {known}")
