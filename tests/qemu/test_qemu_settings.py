@@ -62,11 +62,12 @@ def prepared(qemu: Qemu, before: str) -> Qemu:
     return qemu
 
 
-def source(start: Start, release: str, before: str) -> Qemu:
+def source(start: Start, release: str, before: str, *, runs: bool = True) -> Qemu:
     """A guest that runs, prepared so."""
     qemu = start(release, "source", machine=MACHINE)
     qemu.fill(content())
-    qemu.monitor.command("cont")
+    if runs:
+        qemu.monitor.command("cont")
     return prepared(qemu, before)
 
 
@@ -74,7 +75,7 @@ def source(start: Start, release: str, before: str) -> Qemu:
 @pytest.mark.parametrize("before", BEFORE)
 @pytest.mark.parametrize("release", ALL)
 def test_what_is_in_the_way_is_turned_off_and_put_back(start: Start, work: Path, release: str, before: str) -> None:
-    qemu = source(start, release, before)
+    qemu = source(start, release, before, runs=release != "7.2")  # which loses pages of a running guest by itself
     # In a shorter one no page fits that its BIOS writes at each tick of the clock: rounds without end.
     qemu.reconnect()
     qemu.monitor.command("migrate-set-parameters", downtime_limit=300)
