@@ -125,7 +125,7 @@ def test_a_callback_that_raises_fails_the_job_with_its_error(work: Path, side: s
     if side == "send":
         job = peers.Receiving(work / "snap")
         with pytest.raises(ValueError, match="mine"):
-            multifd.send(work / "image.raw", job.uri, "zlib,level=9", on_progress=show)
+            multifd.send(work / "image.raw", job.uri, "zlib,level=9", rate=1 << 20, on_progress=show)
         with pytest.raises(PeerError):
             job.join()
     else:
@@ -139,7 +139,7 @@ def test_a_callback_that_raises_fails_the_job_with_its_error(work: Path, side: s
         def send() -> None:
             assert listening.wait(peers.TIMEOUT)
             with pytest.raises(PeerError):
-                multifd.send(work / "image.raw", uri[0], "zlib,level=9")
+                multifd.send(work / "image.raw", uri[0], "zlib,level=9", rate=1 << 20)
 
         sending = threading.Thread(target=send)
         sending.start()
