@@ -89,8 +89,8 @@ def test_too_many_pages_are_not_packed() -> None:
 
 
 def test_a_device_state_packet_is_told_from_a_ram_packet() -> None:
-    assert is_device_state(struct.pack(">III", streams.MAGIC, 1, 0x40))
-    assert not is_device_state(streams.sync()[:12])
+    assert is_device_state(struct.pack(">III", streams.MAGIC, 1, 0x40), 4096)
+    assert not is_device_state(streams.sync()[:12], 4096)
 
 
 @pytest.mark.parametrize(

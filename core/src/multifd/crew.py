@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from multifd.errors import Cancelled, HostError, shortage
 from multifd.log import About, about
@@ -252,7 +252,7 @@ def undone(undo: Callable[[], None]) -> Iterator[None]:
             undo()
 
 
-def leave(code: int) -> None:
+def leave(code: int) -> NoReturn:
     """End the process at once, whatever its threads do."""
     undoing = threading.Thread(target=_undo_all, name="undoing", daemon=True)
     try:

@@ -92,9 +92,8 @@ def settle(code: int) -> None:
             signal.signal(number, lambda *_: os._exit(code))
 
 
-def leave_stuck(code: int, names: list[str]) -> None:
+def leave_stuck(code: int, names: list[str]) -> NoReturn:
     """End the process although threads are in calls that nothing can wake: a plugin's, the disk's."""
-
     _leave(code, f"{', '.join(sorted(set(names)))}: nothing wakes it (a plugin, a disk): left as it is")
 
 
@@ -109,7 +108,6 @@ def _leave(code: int, why: str) -> NoReturn:
         telling.start()
         telling.join(TELLING)  # a terminal that has stopped takes nothing
     leave(code)
-    raise AssertionError("it has been left")
 
 
 @contextmanager

@@ -41,14 +41,7 @@ def read_packet(connection: Readable, head: memoryview, page_size: int) -> RamPa
     got = 0
     try:
         got = connection.read_into(head, at_least=PREFIX.size)
-        (magic,) = MAGIC.unpack_from(head)
-        if magic != MULTIFD_MAGIC:
-            # Nothing in a SYNC, the first packet, says how long its header is.
-            raise PeerError(
-                f"magic {magic:#010x} instead of {MULTIFD_MAGIC:#010x}: not a multifd packet, or the guest's page size "
-                f"is not {page_size} (--page-size)"
-            )
-        if is_device_state(head[: PREFIX.size]):
+        if is_device_state(head[: PREFIX.size], page_size):
             raise PeerError(
                 "a device-state packet: state of VFIO devices cannot be taken, detach them before a migration"
             )

@@ -45,9 +45,9 @@ def _offsets(count: int) -> struct.Struct:
     return struct.Struct(f">{count}Q")
 
 
-def _check_prefix(magic: int, version: int) -> None:
+def _check_prefix(magic: int, version: int, otherwise: str = "") -> None:
     if magic != MULTIFD_MAGIC:
-        raise PeerError(f"magic {magic:#010x} instead of {MULTIFD_MAGIC:#010x}: not a multifd packet")
+        raise PeerError(f"magic {magic:#010x} instead of {MULTIFD_MAGIC:#010x}: not a multifd packet{otherwise}")
     if version != MULTIFD_VERSION:
         raise PeerError(f"multifd version {version}, this side knows {MULTIFD_VERSION}")
 
@@ -163,11 +163,12 @@ def may_be_empty(cut: Buffer) -> bool:
     return not (flags or normal or zero)
 
 
-def is_device_state(prefix: Buffer) -> bool:
+def is_device_state(prefix: Buffer, page_size: int) -> bool:
     """Which header a packet's first 12 bytes begin: of device state, or of RAM.
 
-    Raises PeerError for a wrong magic or version.
+    Raises PeerError for a wrong magic or version: nothing in a SYNC, the first packet, says how long its header is, so
+    that the next one is missed where the guest's page size is not `page_size`.
     """
     magic, version, flags = PREFIX.unpack(prefix)
-    _check_prefix(magic, version)
+    _check_prefix(magic, version, f", or the guest's page size is not {page_size} (--page-size)")
     return bool(flags & DEVICE_STATE_FLAG)

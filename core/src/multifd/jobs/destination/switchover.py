@@ -26,11 +26,11 @@ class Switchover:
         self, main: Connection, channels: RecvChannels, pages: int, page_size: int, *, machine: str, return_path: bool
     ) -> None:
         """All channels have come to one; `pages` came so far.  `return_path` says that the source takes answers."""
-        if return_path and not self._acked and channels.recent_source and takes_unasked_ack(machine):
-            self._acked = True
+        waits = return_path and not self._acked and channels.recent_source
+        if waits and takes_unasked_ack(machine):
+            self._acked, waits = True, False
             with suppress(Lost):  # a source that has gone: what is missing then tells
                 main.write([switchover_ack()])
-        waits = return_path and not self._acked and channels.recent_source
         found = self._convergence.sync_point(channels.passes, pages, page_size, time.monotonic(), may_wait=waits)
         if found and not self.seen_to:
             log.warning(found)
